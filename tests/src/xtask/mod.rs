@@ -1,0 +1,4 @@
+//! The developer's commands, one module each.
+#![forbid(unsafe_code)]
+
+pub mod rig;

@@ -1,1 +1,39 @@
+//! How a child process of a VM is started, and how it locks itself in.
+//!
+//! Two halves. The supervisor uses [`spawn`]: it starts a program with an exact list of descriptors, in
+//! namespaces of its own, and gets a [`Child`] it can watch without ever blocking. The program uses
+//! [`enter`]: when it holds every descriptor it needs, it walks through the stages described in [`stage`] and
+//! comes back with a [`Report`] of what the host gave. After that no path can be opened, and a system call
+//! that is not in the program's [`Profile`] kills it.
+//!
+//! [`audit`] looks at a process from outside and says what it really has, so that nobody has to believe a
+//! report. [`host`] asks the kernel, before any VM is started, what it would give.
+//!
+//! Needs Linux 5.11 (`close_range` with `CLOSE_RANGE_CLOEXEC`); all that is newer or can be switched off is
+//! optional and, where it is absent, named in [`Report::missing`].
 
+pub mod audit;
+mod birth;
+mod confine;
+pub mod host;
+mod identity;
+pub mod limits;
+pub mod namespaces;
+pub mod profile;
+mod report;
+mod root;
+mod seccomp;
+pub mod stage;
+// UNSAFETY: clone3, exec and a handful of raw system calls have no safe wrapper; the room's rule is in sys/mod.rs.
+#[expect(unsafe_code)]
+pub mod sys;
+
+pub use audit::{Audit, audit};
+pub use limits::Limits;
+pub use namespaces::Namespaces;
+pub use profile::{Profile, Rule, When};
+pub use report::{Landlock, Report, Root, Seccomp};
+pub use stage::{Options, SandboxError, enter};
+pub use sys::fds::inherited_control_fd;
+pub use sys::pidfd::{Child, ExitCause};
+pub use sys::spawn::{Identity, Spawn, SpawnError, spawn};

@@ -1,0 +1,83 @@
+//! Settings of the calling process that only C offers: signal handlers, malloc, seccomp's existence.
+
+use std::ffi::{CString, OsString, c_int, c_void};
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::sync::OnceLock;
+
+use nix::unistd::getpid;
+
+/// Debug builds only: a refused system call is named on standard error before the process ends.
+const EXPLAIN: &str = "BULKHEAD_EXPLAIN_SECCOMP";
+
+/// Before stage 1: what has to be in place when the process can no longer ask for it.
+pub(crate) fn prepare(name: &str) {
+    install_abort_handler();
+    // SAFETY: one integer each; must merely come before a second thread allocates, see `stage.rs`.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    if let Ok(name) = CString::new(name) {
+        // A name is for people; a kernel that would not set it changes nothing.
+        let _ = rustix::thread::set_name(&name);
+    }
+}
+
+/// Lets `abort()` end the first process of a PID namespace as it ends any other: the kernel discards a SIGABRT
+/// that such a process sends itself, unless it has a handler (`man 7 pid_namespaces`). No effect elsewhere.
+pub(crate) fn install_abort_handler() {
+    extern "C" fn on_abort(_: c_int) {
+        // SAFETY: _exit is async-signal-safe. `Child::try_wait` knows the status.
+        unsafe { libc::_exit(128 + libc::SIGABRT) }
+    }
+    if getpid().as_raw() == 1 {
+        install(libc::SIGABRT, on_abort as extern "C" fn(c_int) as usize, 0);
+    }
+}
+
+fn install(signal: c_int, handler: usize, flags: c_int) {
+    // SAFETY: a zeroed sigaction is a valid one; the handler has the signature that `flags` asks for and makes
+    // async-signal-safe calls only.
+    let result = unsafe {
+        let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+        action.sa_sigaction = handler;
+        action.sa_flags = flags;
+        libc::sigaction(signal, &raw const action, ptr::null_mut())
+    };
+    // It fails for bad numbers and pointers only.
+    debug_assert_eq!(result, 0);
+}
+
+/// The variable for a child's environment if this process has it; never in release builds.
+pub(crate) fn explanation_to_pass_on() -> Option<(OsString, OsString)> {
+    let value = std::env::var_os(EXPLAIN).filter(|_| cfg!(debug_assertions))?;
+    Some((EXPLAIN.into(), value))
+}
+
+/// In debug builds, if the environment asks for it: makes refused calls raise SIGSYS, and installs a handler that
+/// names the call and ends the process as if the kernel had. Release builds have only the kernel's way.
+pub(crate) fn explain_refusals(program: &'static str) -> bool {
+    static PROGRAM: OnceLock<&'static str> = OnceLock::new();
+    extern "C" fn on_refusal(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+        // asm-generic/siginfo.h: the number of the call is an int at offset 24 of a SIGSYS.
+        // SAFETY: the kernel passes a valid siginfo, 128 bytes long.
+        let number = unsafe { info.cast::<u8>().add(24).cast::<c_int>().read_unaligned() };
+        let name = PROGRAM.get().copied().unwrap_or("?");
+        let mut digits = [b'0'; 10];
+        let mut rest = number.unsigned_abs();
+        for digit in digits.iter_mut().rev() {
+            *digit = b'0' + (rest % 10) as u8;
+            rest /= 10;
+        }
+        for part in [name.as_bytes(), b": seccomp refused system call ", &digits, b"\n"] {
+            // SAFETY: write and _exit are async-signal-safe; the parts are valid for their length.
+            unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
+        }
+        // SAFETY: as above.
+        unsafe { libc::_exit(128 + libc::SIGSYS) }
+    }
+    if !cfg!(debug_assertions) || std::env::var_os(EXPLAIN).is_none() || PROGRAM.set(program).is_err() {
+        return false;
+    }
+    let handler = on_refusal as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize;
+    install(libc::SIGSYS, handler, libc::SA_SIGINFO);
+    true
+}

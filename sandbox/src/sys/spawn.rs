@@ -1,0 +1,355 @@
+//! Starting a program with an exact list of descriptors, in namespaces of its own.
+//!
+//! Root and normal users take the same path. With a user namespace the program's user 0 is one unprivileged
+//! user outside: the caller itself, or, if the caller is root, the user it names. So the program has the
+//! capabilities to build its sandbox and has them over nothing but that sandbox, from its first instruction on.
+//! Where user namespaces are switched off, root starts the program with the other namespaces, and
+//! [`crate::enter`] changes the user; a normal user starts it with none, and `enter` says so.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, getegid, geteuid};
+
+use super::launch::{self, Failure, Plan, Started};
+use super::pidfd::Child;
+use crate::birth::Birth;
+use crate::namespaces::Namespaces;
+
+/// Limit: the highest number a descriptor can be given in the child; far above what any program is started with,
+/// and below the lowest hard limit on open files that is met in practice (1,024 soft, 4,096 hard).
+const MAX_TARGET: RawFd = 511;
+
+/// What to start, and what it gets.
+#[derive(Debug)]
+pub struct Spawn {
+    pub program: PathBuf,
+    /// Without the program's name, which is put in front.
+    pub args: Vec<OsString>,
+    /// The whole environment: nothing is inherited.
+    pub env: Vec<(OsString, OsString)>,
+    /// Each source, and the number it has in the child. Numbers 0, 1 and 2 replace the default: 0 and 1 are
+    /// `/dev/null`, 2 is `stderr`. All else is closed.
+    pub fds: Vec<(OwnedFd, RawFd)>,
+    /// A wish; what the host refuses is reported by [`crate::enter`] in the child. A user namespace is added
+    /// for callers who are not root, because they get no other one without it.
+    pub namespaces: Namespaces,
+    /// The child's standard error; the caller's own if absent.
+    pub stderr: Option<OwnedFd>,
+    pub identity: Identity,
+}
+
+/// The user a child runs as, seen from the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// The caller's.
+    Keep,
+    /// This one; only root can give it.
+    Uid { uid: u32, gid: u32 },
+}
+
+impl Identity {
+    /// A user of its own for child `index` of this process if this process is root, else [`Identity::Keep`].
+    ///
+    /// The numbers are 1,900,000,000 + 16 x process id + `index` (at most 15), hence below 2^31 and outside of
+    /// the ranges that distributions and systemd give away (its UIDS-GIDS document): nobody owns a file or
+    /// another process under them, and two VMs of one host never share one.
+    pub fn own(index: u32) -> Self {
+        const FIRST: u32 = 1_900_000_000;
+        if !geteuid().is_root() {
+            return Identity::Keep;
+        }
+        // linux/threads.h: process ids are below 2^22, so this is below 1,967,108,864.
+        let block = (std::process::id() & 0x3f_ffff) << 4;
+        let id = FIRST + block + (index & 15);
+        Identity::Uid { uid: id, gid: id }
+    }
+}
+
+/// Why a program could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    #[error("cannot open {}: {source}", .path.display())]
+    Program { path: PathBuf, source: io::Error },
+    #[error("{} may not be executed by user {uid}: chmod o+x it", .path.display())]
+    NotExecutable { path: PathBuf, uid: u32 },
+    #[error("only root can start a program as another user")]
+    NotRoot,
+    #[error("descriptor number {0} is given twice or out of range")]
+    Target(RawFd),
+    #[error("an argument or environment variable contains a zero byte")]
+    ZeroByte,
+    #[error("cannot {what}: {source}")]
+    Host { what: &'static str, source: io::Error },
+    #[error("the new process cannot {step}: {source}")]
+    Child { step: &'static str, source: io::Error },
+}
+
+/// One way to make the child; they are tried in turn.
+#[derive(Clone, Copy)]
+struct Rung {
+    namespaces: Namespaces,
+    /// The user outside that user 0 of the user namespace stands for.
+    mapped: Option<(u32, u32)>,
+    /// The user that `enter` has to become.
+    become_user: Option<(u32, u32)>,
+}
+
+/// Starts the program. It has been executed when this returns.
+///
+/// Call it from a thread that lives as long as the child may: the kernel kills the child when the *thread* that
+/// made it ends. Waits for nothing but the child's way to `execve`.
+///
+/// # Errors
+/// [`SpawnError`]; no process is left behind.
+pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
+    let caller_is_root = geteuid().is_root();
+    let identity = match spec.identity {
+        Identity::Keep => None,
+        Identity::Uid { uid, gid } if caller_is_root => Some((uid, gid)),
+        Identity::Uid { .. } => return Err(SpawnError::NotRoot),
+    };
+    let program = open_program(&spec, identity)?;
+    let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| {
+        SpawnError::Host {
+            what: "open /dev/null",
+            source: errno.into(),
+        }
+    })?;
+    let mut plan = Plan {
+        program,
+        arguments: arguments(&spec)?,
+        environment: Vec::new(),
+        descriptors: descriptors(&spec, null.as_fd())?,
+        take_namespace_user: false,
+        leave_groups: false,
+        clone_flags: 0,
+    };
+
+    let mut last = SpawnError::Host {
+        what: "make a process",
+        source: io::ErrorKind::Unsupported.into(),
+    };
+    for rung in rungs(spec.namespaces, identity, caller_is_root) {
+        let birth = Birth {
+            made: rung.namespaces,
+            wanted: wanted(spec.namespaces, caller_is_root),
+            become_user: rung.become_user,
+            supervised: true,
+        };
+        plan.environment = environment(&spec, birth)?;
+        plan.take_namespace_user = rung.mapped.is_some();
+        plan.leave_groups = rung.mapped.is_some() && caller_is_root;
+        plan.clone_flags = rung.namespaces.clone_flags().bits();
+        match try_rung(&plan, rung, caller_is_root) {
+            Ok(child) => return Ok(child),
+            // The program itself cannot be executed; no other rung changes that.
+            Err(error @ SpawnError::Child { step, .. }) if step == launch::Step::Execute.describe() => {
+                return Err(error);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn wanted(wish: Namespaces, caller_is_root: bool) -> Namespaces {
+    if caller_is_root || wish.is_empty() {
+        wish
+    } else {
+        wish.with(Namespaces::USER)
+    }
+}
+
+/// The best first. The last one makes no namespace at all: whether that is good enough is for `enter` to say.
+fn rungs(wish: Namespaces, identity: Option<(u32, u32)>, caller_is_root: bool) -> Vec<Rung> {
+    let caller = (geteuid().as_raw(), getegid().as_raw());
+    let full = wanted(wish, caller_is_root);
+    let mut rungs = Vec::new();
+    if full.contains(Namespaces::USER) {
+        rungs.push(Rung {
+            namespaces: full,
+            mapped: Some(identity.unwrap_or(caller)),
+            become_user: None,
+        });
+    }
+    let without = full.without(Namespaces::USER);
+    if caller_is_root && !without.is_empty() {
+        rungs.push(Rung {
+            namespaces: without,
+            mapped: None,
+            become_user: identity,
+        });
+    }
+    rungs.push(Rung {
+        namespaces: Namespaces::none(),
+        mapped: None,
+        become_user: identity,
+    });
+    rungs
+}
+
+fn try_rung(plan: &Plan, rung: Rung, caller_is_root: bool) -> Result<Child, SpawnError> {
+    let started = launch::start(plan).map_err(|source| SpawnError::Host {
+        what: "make a process",
+        source,
+    })?;
+    if let Some(user) = rung.mapped
+        && let Err(source) = write_maps(started.pid, user, caller_is_root)
+    {
+        abandon(started, rung);
+        return Err(SpawnError::Host {
+            what: "give the new user namespace a user",
+            source,
+        });
+    }
+    let pid = started.pid;
+    let namespace_init = rung.namespaces.contains(Namespaces::PID);
+    match started.let_go() {
+        Ok(Ok((pid, pidfd))) => Ok(Child::new(pid, pidfd, namespace_init)),
+        Ok(Err(Failure { step, errno })) => {
+            reap(pid);
+            Err(SpawnError::Child {
+                step: step.describe(),
+                source: io::Error::from_raw_os_error(errno),
+            })
+        }
+        Err(source) => Err(SpawnError::Host {
+            what: "talk to the new process",
+            source,
+        }),
+    }
+}
+
+/// Ends a child that still waits for its `go`: it never ran anything of the program.
+fn abandon(started: Started, rung: Rung) {
+    let pid = started.pid;
+    drop(Child::new(
+        pid,
+        started.pidfd,
+        rung.namespaces.contains(Namespaces::PID),
+    ));
+    reap(pid);
+}
+
+/// Waits for a child that is certain to end at once: it was killed, or is about to call `exit_group`.
+fn reap(pid: Pid) {
+    while let Err(nix::errno::Errno::EINTR) = nix::sys::wait::waitpid(pid, None) {}
+}
+
+/// `man 7 user_namespaces`: a normal user maps its own id only, and must give up `setgroups` for it first.
+fn write_maps(pid: Pid, (uid, gid): (u32, u32), caller_is_root: bool) -> io::Result<()> {
+    if !caller_is_root {
+        fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
+    }
+    fs::write(format!("/proc/{pid}/uid_map"), format!("0 {uid} 1"))?;
+    fs::write(format!("/proc/{pid}/gid_map"), format!("0 {gid} 1"))
+}
+
+fn open_program(spec: &Spawn, identity: Option<(u32, u32)>) -> Result<OwnedFd, SpawnError> {
+    let path = || spec.program.clone();
+    let program = open(&spec.program, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| {
+        SpawnError::Program {
+            path: path(),
+            source: errno.into(),
+        }
+    })?;
+    if let Some((uid, _)) = identity {
+        let executable = launch::is_executable_by_others(program.as_fd())
+            .map_err(|source| SpawnError::Program { path: path(), source })?;
+        if !executable {
+            return Err(SpawnError::NotExecutable { path: path(), uid });
+        }
+    }
+    Ok(program)
+}
+
+fn arguments(spec: &Spawn) -> Result<Vec<CString>, SpawnError> {
+    let name = spec.program.as_os_str();
+    std::iter::once(name)
+        .chain(spec.args.iter().map(OsString::as_os_str))
+        .map(c_string)
+        .collect()
+}
+
+fn environment(spec: &Spawn, birth: Birth) -> Result<Vec<CString>, SpawnError> {
+    let explain = super::process::explanation_to_pass_on();
+    spec.env
+        .iter()
+        .cloned()
+        .chain([birth.to_variable()])
+        .chain(explain)
+        .map(|(name, value)| {
+            let mut text = name;
+            text.push("=");
+            text.push(value);
+            c_string(&text)
+        })
+        .collect()
+}
+
+fn c_string(text: &OsStr) -> Result<CString, SpawnError> {
+    CString::new(text.as_bytes()).map_err(|_| SpawnError::ZeroByte)
+}
+
+fn descriptors(spec: &Spawn, null: BorrowedFd<'_>) -> Result<Vec<(RawFd, RawFd)>, SpawnError> {
+    let stderr = spec
+        .stderr
+        .as_ref()
+        .map_or(libc::STDERR_FILENO, AsRawFd::as_raw_fd);
+    let mut list: Vec<(RawFd, RawFd)> = Vec::new();
+    for (source, target) in &spec.fds {
+        if !(0..=MAX_TARGET).contains(target) || list.iter().any(|(_, taken)| taken == target) {
+            return Err(SpawnError::Target(*target));
+        }
+        list.push((source.as_raw_fd(), *target));
+    }
+    for (source, target) in [(null.as_raw_fd(), 0), (null.as_raw_fd(), 1), (stderr, 2)] {
+        if !list.iter().any(|(_, taken)| *taken == target) {
+            list.push((source, target));
+        }
+    }
+    Ok(list)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_normal_user_always_asks_for_a_user_namespace_first() {
+        let rungs = rungs(Namespaces::all().without(Namespaces::USER), None, false);
+        assert!(
+            rungs
+                .first()
+                .is_some_and(|rung| rung.namespaces == Namespaces::all() && rung.mapped.is_some())
+        );
+        assert!(rungs.last().is_some_and(|rung| rung.namespaces.is_empty()));
+    }
+
+    #[test]
+    fn root_without_a_user_namespace_leaves_the_change_of_user_to_the_child() {
+        let rungs = rungs(Namespaces::all(), Some((7, 8)), true);
+        let [first, second, third] = rungs.as_slice() else {
+            panic!("{} rungs", rungs.len())
+        };
+        assert_eq!((first.mapped, first.become_user), (Some((7, 8)), None));
+        assert_eq!((second.mapped, second.become_user), (None, Some((7, 8))));
+        assert!(!second.namespaces.contains(Namespaces::USER) && second.namespaces.contains(Namespaces::PID));
+        assert_eq!((third.mapped, third.become_user), (None, Some((7, 8))));
+    }
+
+    #[test]
+    fn no_namespaces_wished_means_none_are_tried() {
+        for root in [false, true] {
+            let rungs = rungs(Namespaces::none(), None, root);
+            assert!(rungs.len() == 1 && rungs.iter().all(|rung| rung.namespaces.is_empty()));
+        }
+    }
+}

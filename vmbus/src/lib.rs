@@ -1,1 +1,10 @@
+//! What crosses a wall between processes: bytes, their meaning, and both ends of a VMBus ring.
+//!
+//! Knows no process, no KVM and no device. See each module for its theory.
 
+pub mod fault;
+// UNSAFETY: shared memory; the invariant stands at the top of mem/mod.rs.
+#[expect(unsafe_code)]
+pub mod mem;
+pub mod ring;
+pub mod wire;

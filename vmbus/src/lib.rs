@@ -3,6 +3,7 @@
 //! Knows no process, no KVM and no device. See each module for its theory.
 
 pub mod fault;
+pub mod ipc;
 // UNSAFETY: shared memory; the invariant stands at the top of mem/mod.rs.
 #[expect(unsafe_code)]
 pub mod mem;

@@ -1,0 +1,435 @@
+//! The messages, one enum for each direction. Their order of declaration is the wire format: add at the end,
+//! and raise [`super::hello::PROTOCOL`] with every other change.
+//!
+//! Generations: the supervisor numbers the processes that serve one device 1, 2, 3, …. A message about a
+//! generation that is not the present one is dropped and counted by its receiver.
+#![forbid(unsafe_code)]
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::mem::RamLayout;
+use crate::wire::Guid;
+
+/// What [`super::Socket`] can carry.
+pub trait Message: Serialize + DeserializeOwned {
+    /// The variant's name, for reports. Never contains a value.
+    fn name(&self) -> &'static str;
+
+    /// How many descriptors belong to this very message.
+    fn descriptor_count(&self) -> usize {
+        0
+    }
+}
+
+/// Supervisor to device server, over the server's fd 3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SupervisorToServer {
+    /// The first message. Comes with one descriptor for each entry of `fds`, in that order.
+    Start {
+        /// [`super::hello::PROTOCOL`] of the supervisor.
+        protocol: u32,
+        /// Number of this process among those that served this device; from 1.
+        generation: u32,
+        /// Name of the device in logs, for example `disk0`.
+        name: String,
+        /// The device crate's own configuration type, as JSON with unknown fields denied.
+        config: String,
+        /// Fail if any stage of the sandbox is not to be had on this host.
+        require_full_sandbox: bool,
+        /// What to log, for example `info` or `info,storvsp=debug`.
+        log: String,
+        /// What each descriptor is: `vcpu` (socket to `bulkhead-vcpu`), `journal` (sealed memfd), and the
+        /// device's own (`disk`, `tap`, …). No name twice.
+        fds: Vec<String>,
+    },
+    /// Stop at a packet boundary and exit with status 0. What was taken and not completed is the successor's.
+    Stop,
+    /// Answer with `Pong` and the same token. Proves that the server's loop turns.
+    Ping { token: u64 },
+    /// Answer with `Inspect`.
+    Inspect,
+}
+
+/// Device server to supervisor, over the server's fd 3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServerToSupervisor {
+    /// The sandbox is complete and the server is about to say hello to `bulkhead-vcpu`.
+    Ready {
+        /// The sandbox's report, as JSON.
+        report: String,
+    },
+    /// The server cannot serve and exits. One sentence for the operator.
+    Failed { message: String },
+    /// The answer to `Ping`.
+    Pong { token: u64 },
+    /// The answer to `Inspect`: `path = value` pairs.
+    Inspect { entries: Vec<(String, String)> },
+    /// Something that the operator may want to know. One sentence.
+    Event { text: String },
+}
+
+/// Supervisor to `bulkhead-vcpu`, over its fd 3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SupervisorToVcpu {
+    /// The first message. Comes with one descriptor for each entry of `fds`, in that order.
+    Start {
+        /// [`super::hello::PROTOCOL`] of the supervisor.
+        protocol: u32,
+        config: VcpuConfig,
+        /// What each descriptor is: `kvm`, `kernel`, `initrd` (optional), `console-in`, `console-out`.
+        fds: Vec<String>,
+    },
+    /// There is a device. Before `Run`: part of the machine at power-on; after it: hot-added. Comes with one
+    /// descriptor: the socket to the first server of the device.
+    AddDevice {
+        /// The supervisor's number for the device; the key of all later messages about it.
+        device: u32,
+        /// Name of the device in logs.
+        name: String,
+        /// Class of the device: the interface GUID that the guest's driver binds to.
+        interface: Guid,
+        /// Which device of the class; must be stable over reboots and unique in the VM.
+        instance: Guid,
+        /// Most sub-channels that a server of this device may ask to be offered.
+        max_sub_channels: u16,
+    },
+    /// A successor is there. Comes with one descriptor: the socket to it.
+    ServerAttached { device: u32, generation: u32 },
+    /// The server process was reaped, and its asynchronous I/O is over: nothing of it touches guest memory any
+    /// more.
+    ServerGone { device: u32, generation: u32 },
+    /// Let the vCPUs run.
+    Run,
+    /// Stop all vCPUs between two instructions. Repeating it changes nothing.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Power-cycle the guest.
+    Reset,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// End the VM now.
+    Quit,
+    /// Answer with `Inspect`.
+    Inspect,
+}
+
+/// The machine, as far as `bulkhead-vcpu` knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuConfig {
+    /// Name of the VM in logs.
+    pub name: String,
+    /// Virtual processors, 1 to 64.
+    pub vcpus: u16,
+    /// Guest RAM, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// The kernel's command line, complete.
+    pub cmdline: String,
+    /// What the `kernel` descriptor holds.
+    pub kernel_format: KernelFormat,
+    /// Fail if any stage of the sandbox is not to be had on this host.
+    pub require_full_sandbox: bool,
+    /// What to log, for example `info`.
+    pub log: String,
+    /// Whether to fault guest RAM in before the start.
+    pub populate: Populate,
+    /// What a reset by the guest does.
+    pub on_reset: OnReset,
+}
+
+/// How to load the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum KernelFormat {
+    /// Tell by the file's first bytes.
+    #[default]
+    Auto,
+    /// A Linux boot image.
+    BzImage,
+    /// An ELF `vmlinux`.
+    Elf,
+}
+
+/// Whether to fault in guest RAM before the guest starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Populate {
+    /// Where huge pages for shared memory are not to be had and page faults are expensive.
+    #[default]
+    Auto,
+    Never,
+    Always,
+}
+
+/// What happens when the guest resets itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum OnReset {
+    /// It boots again.
+    #[default]
+    Reset,
+    /// The VM ends.
+    Exit,
+}
+
+/// `bulkhead-vcpu` to supervisor, over its fd 3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VcpuToSupervisor {
+    /// The VM exists, the sandbox is complete. Devices and `Run` may come.
+    Ready {
+        /// The sandbox's report, as JSON.
+        report: String,
+    },
+    /// The vCPUs run.
+    Started,
+    /// The VM cannot be started or go on; the process exits. One sentence for the operator.
+    Failed { message: String },
+    /// The server broke the protocol and its connection was dropped: kill it, and start another.
+    ServerMisbehaves {
+        device: u32,
+        generation: u32,
+        why: String,
+    },
+    /// The server owes an acknowledgement that the guest waits for, for longer than the deadline: kill it, and
+    /// say `ServerGone`.
+    ServerSlow {
+        device: u32,
+        generation: u32,
+        waiting_for: String,
+    },
+    /// The guest switched itself off. `Exited` follows.
+    GuestPowerOff,
+    /// The guest reset itself, `count` times by now.
+    GuestReset { count: u32 },
+    /// The guest's kernel reported a crash (TLFS, guest crash enlightenment MSRs P0 to P4 and its text).
+    GuestCrash {
+        parameters: [u64; 5],
+        text: Option<String>,
+    },
+    /// The VM is over; the process exits after this message.
+    Exited { cause: ExitCause },
+    /// The answer to `Inspect`: `path = value` pairs.
+    Inspect { entries: Vec<(String, String)> },
+}
+
+/// Why a VM is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitCause {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest reset itself, and the VM was started with [`OnReset::Exit`].
+    Reset,
+    /// The supervisor said `Quit`, or its socket is gone.
+    Quit,
+    /// The person at the console typed the escape.
+    Console,
+    /// The vCPU cannot go on; one sentence.
+    Fault { message: String },
+}
+
+/// Device server to `bulkhead-vcpu`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ServerToVcpu {
+    /// The first message. `Attach` and all that is open follows.
+    Hello {
+        /// [`super::hello::PROTOCOL`] of the server.
+        protocol: u32,
+        /// From the supervisor's `Start`.
+        generation: u32,
+    },
+    /// Offer the sub-channels with index 1 to `count` under the primary. Repeating it changes nothing.
+    OfferSubChannels { count: u16 },
+    /// The answer to `CloseChannel`: the server touches the rings of that opening no more.
+    ChannelClosed {
+        /// relid.
+        channel: u32,
+        open_epoch: u32,
+    },
+    /// The answer to `TeardownGpadl`: the server touches these pages no more (unless another GPADL has them).
+    GpadlReleased { gpadl: u32 },
+    /// The answer to `Quiesce`: the server has no channel and no GPADL, and touches no guest memory.
+    Quiesced { token: u64 },
+    /// The guest broke the rules of this ring or protocol: the server does not serve this opening any more.
+    ChannelBroken {
+        /// relid.
+        channel: u32,
+        open_epoch: u32,
+        /// One sentence for the log.
+        why: String,
+    },
+}
+
+/// `bulkhead-vcpu` to device server.
+///
+/// The order at any attach: `Attach`, every `Gpadl`, every `OpenChannel`; then live updates.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VcpuToServer {
+    /// The first message. Comes with two descriptors: guest RAM (sealed memfd) and the event flags (sealed
+    /// memfd with one 4 KiB SIEFP page for each VP; the flags of SINT n are at 256 × n, TLFS section 11.9).
+    Attach {
+        /// [`super::hello::PROTOCOL`] of `bulkhead-vcpu`.
+        protocol: u32,
+        ram: RamLayout,
+        /// Virtual processors of the VM.
+        vp_count: u16,
+    },
+    /// A complete GPADL.
+    Gpadl {
+        /// relid of the channel for which the guest made it.
+        channel: u32,
+        gpadl: u32,
+        /// Guest page numbers, in the order of the area.
+        pages: Vec<u64>,
+        /// Length of the area.
+        byte_count: u32,
+        /// Where in the first page it begins.
+        byte_offset: u32,
+    },
+    /// The guest has the channel open. Comes with two descriptors: the kick (guest to server) and the
+    /// interrupt (server to guest), both eventfds that outlive the server.
+    OpenChannel {
+        /// relid; also the number of the event flag.
+        channel: u32,
+        /// 0: the primary.
+        sub_index: u16,
+        /// Counts the openings of this channel, so that a late acknowledgement of an earlier one is known as
+        /// such.
+        open_epoch: u32,
+        /// The GPADL that holds both rings.
+        ring_gpadl: u32,
+        /// First page of the `to_guest` ring in that GPADL.
+        downstream_page_offset: u32,
+        /// The VP whose flag is set.
+        target_vp: u16,
+        /// The guest opened it just now. Else it was open when this server attached, and its journal says
+        /// what is in flight.
+        fresh: bool,
+    },
+    /// From now on, set the flag of another VP.
+    Retarget {
+        channel: u32,
+        open_epoch: u32,
+        target_vp: u16,
+    },
+    /// The guest closed the channel. Answer with `ChannelClosed`.
+    CloseChannel { channel: u32, open_epoch: u32 },
+    /// The guest wants these pages back. Answer with `GpadlReleased`.
+    TeardownGpadl { gpadl: u32 },
+    /// The guest resets or unloads: drop all channels and GPADLs, then answer with `Quiesced`.
+    Quiesce { token: u64 },
+}
+
+impl Message for SupervisorToServer {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "Start",
+            Self::Stop => "Stop",
+            Self::Ping { .. } => "Ping",
+            Self::Inspect => "Inspect",
+        }
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::Start { fds, .. } => fds.len(),
+            Self::Stop | Self::Ping { .. } | Self::Inspect => 0,
+        }
+    }
+}
+
+impl Message for ServerToSupervisor {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Ready { .. } => "Ready",
+            Self::Failed { .. } => "Failed",
+            Self::Pong { .. } => "Pong",
+            Self::Inspect { .. } => "Inspect",
+            Self::Event { .. } => "Event",
+        }
+    }
+}
+
+impl Message for SupervisorToVcpu {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "Start",
+            Self::AddDevice { .. } => "AddDevice",
+            Self::ServerAttached { .. } => "ServerAttached",
+            Self::ServerGone { .. } => "ServerGone",
+            Self::Run => "Run",
+            Self::Pause => "Pause",
+            Self::Resume => "Resume",
+            Self::Reset => "Reset",
+            Self::PowerButton => "PowerButton",
+            Self::Quit => "Quit",
+            Self::Inspect => "Inspect",
+        }
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::Start { fds, .. } => fds.len(),
+            Self::AddDevice { .. } | Self::ServerAttached { .. } => 1,
+            Self::ServerGone { .. }
+            | Self::Run
+            | Self::Pause
+            | Self::Resume
+            | Self::Reset
+            | Self::PowerButton
+            | Self::Quit
+            | Self::Inspect => 0,
+        }
+    }
+}
+
+impl Message for VcpuToSupervisor {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Ready { .. } => "Ready",
+            Self::Started => "Started",
+            Self::Failed { .. } => "Failed",
+            Self::ServerMisbehaves { .. } => "ServerMisbehaves",
+            Self::ServerSlow { .. } => "ServerSlow",
+            Self::GuestPowerOff => "GuestPowerOff",
+            Self::GuestReset { .. } => "GuestReset",
+            Self::GuestCrash { .. } => "GuestCrash",
+            Self::Exited { .. } => "Exited",
+            Self::Inspect { .. } => "Inspect",
+        }
+    }
+}
+
+impl Message for ServerToVcpu {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Hello { .. } => "Hello",
+            Self::OfferSubChannels { .. } => "OfferSubChannels",
+            Self::ChannelClosed { .. } => "ChannelClosed",
+            Self::GpadlReleased { .. } => "GpadlReleased",
+            Self::Quiesced { .. } => "Quiesced",
+            Self::ChannelBroken { .. } => "ChannelBroken",
+        }
+    }
+}
+
+impl Message for VcpuToServer {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Attach { .. } => "Attach",
+            Self::Gpadl { .. } => "Gpadl",
+            Self::OpenChannel { .. } => "OpenChannel",
+            Self::Retarget { .. } => "Retarget",
+            Self::CloseChannel { .. } => "CloseChannel",
+            Self::TeardownGpadl { .. } => "TeardownGpadl",
+            Self::Quiesce { .. } => "Quiesce",
+        }
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::Attach { .. } | Self::OpenChannel { .. } => 2,
+            Self::Gpadl { .. }
+            | Self::Retarget { .. }
+            | Self::CloseChannel { .. }
+            | Self::TeardownGpadl { .. }
+            | Self::Quiesce { .. } => 0,
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! The part of `main` that all device servers share: the conversation with the supervisor, and logging.
+//!
+//! ```text
+//!   supervisor                     device server
+//!     │ ── Start + descriptors ──▶  Start::receive(fd 3)           nothing opened, nothing mapped before
+//!     │                             Start::init_logging()
+//!     │                             open what the configuration needs, sandbox::enter()
+//!     │ ◀──────────────── Ready ──  Start::ready(report)            or Start::fail(message), exit
+//!     │                             Port::new(...)                  hello to bulkhead-vcpu
+//!     │ ── Ping, Inspect, Stop ──▶  Control::on_readable()          in the server's loop
+//! ```
+//!
+//! Receiving `Start` is the one place where a server may wait: it has nothing else to do yet. It waits for its
+//! parent, which is trusted more than itself.
+#![forbid(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use super::hello::check_protocol;
+use super::messages::{ServerToSupervisor, SupervisorToServer};
+use super::{PeerFault, SendError, Socket};
+
+/// Why a server cannot start. One sentence each, for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    /// The supervisor's end is gone or says something else than `Start`.
+    #[error("control socket: {0}")]
+    Control(#[from] PeerFault),
+    /// A descriptor that the server needs was not handed over.
+    #[error("no descriptor named \"{0}\" was handed over")]
+    MissingDescriptor(String),
+    /// Two descriptors have one name.
+    #[error("two descriptors named \"{0}\" were handed over")]
+    DuplicateDescriptor(String),
+    /// A descriptor came that the configuration does not mention.
+    #[error("a descriptor named \"{0}\" was handed over, but the configuration has no use for it")]
+    UnusedDescriptor(String),
+    /// The log filter does not parse.
+    #[error("log filter \"{filter}\": {why}")]
+    LogFilter { filter: String, why: String },
+    /// The supervisor does not take our messages.
+    #[error("control socket: {0}")]
+    Send(#[from] SendError),
+}
+
+/// Descriptors by name. Each is taken exactly once; those left are closed on drop.
+#[derive(Debug, Default)]
+pub struct NamedFds {
+    fds: Vec<(String, OwnedFd)>,
+}
+
+impl NamedFds {
+    /// Pairs the names of a `Start` with the descriptors that came with it.
+    pub fn new(names: Vec<String>, fds: Vec<OwnedFd>) -> Result<Self, StartError> {
+        let mut named: Vec<(String, OwnedFd)> = Vec::new();
+        for (name, fd) in names.into_iter().zip(fds) {
+            if named.iter().any(|(other, _)| *other == name) {
+                return Err(StartError::DuplicateDescriptor(name));
+            }
+            named.push((name, fd));
+        }
+        Ok(Self { fds: named })
+    }
+
+    /// Takes the descriptor of that name, which must be there.
+    pub fn take(&mut self, name: &str) -> Result<OwnedFd, StartError> {
+        self.take_optional(name)
+            .ok_or_else(|| StartError::MissingDescriptor(name.to_owned()))
+    }
+
+    /// Takes the descriptor of that name, if it is there.
+    pub fn take_optional(&mut self, name: &str) -> Option<OwnedFd> {
+        let position = self.fds.iter().position(|(other, _)| other == name)?;
+        Some(self.fds.swap_remove(position).1)
+    }
+
+    /// States that all descriptors are taken: one too many is a mistake in the plan, and a leak of authority.
+    pub fn finish(self) -> Result<(), StartError> {
+        match self.fds.into_iter().next() {
+            Some((name, _)) => Err(StartError::UnusedDescriptor(name)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What the supervisor wants this process to be.
+#[derive(Debug)]
+pub struct Start {
+    /// Number of this process among those that served the device; from 1.
+    pub generation: u32,
+    /// Name of the device in logs.
+    pub name: String,
+    /// The device's own configuration, JSON.
+    pub config: String,
+    /// Fail if any stage of the sandbox is not to be had.
+    pub require_full_sandbox: bool,
+    /// Log filter, for example `info` or `info,storvsp=debug`.
+    pub log: String,
+    /// `vcpu`, `journal` and the device's own.
+    pub fds: NamedFds,
+    socket: Socket,
+}
+
+impl Start {
+    /// Waits for the supervisor's `Start` on `control` (fd 3 of the process).
+    pub fn receive(control: OwnedFd) -> Result<Self, StartError> {
+        let mut socket = Socket::new(control);
+        loop {
+            let Some((message, fds)) = socket.recv::<SupervisorToServer>()? else {
+                wait_readable(socket.as_fd())
+                    .map_err(|errno| StartError::Control(PeerFault::Receive(errno)))?;
+                continue;
+            };
+            let SupervisorToServer::Start {
+                protocol,
+                generation,
+                name,
+                config,
+                require_full_sandbox,
+                log,
+                fds: names,
+            } = message
+            else {
+                let why = "Start comes first";
+                return Err(PeerFault::OutOfTurn {
+                    message: super::Message::name(&message),
+                    why,
+                }
+                .into());
+            };
+            check_protocol(protocol)?;
+            let fds = NamedFds::new(names, fds)?;
+            return Ok(Self {
+                generation,
+                name,
+                config,
+                require_full_sandbox,
+                log,
+                fds,
+                socket,
+            });
+        }
+    }
+
+    /// Starts logging: one text line for each event, to descriptor 2, with the level and the event's fields.
+    ///
+    /// The supervisor adds time and process when it reads the line. Without effect if logging was started
+    /// before (tests that run several servers in one process).
+    pub fn init_logging(&self) -> Result<(), StartError> {
+        let targets: Targets =
+            self.log
+                .parse()
+                .map_err(
+                    |error: tracing_subscriber::filter::ParseError| StartError::LogFilter {
+                        filter: self.log.clone(),
+                        why: error.to_string(),
+                    },
+                )?;
+        let lines = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(false)
+            .without_time()
+            .with_target(true);
+        // A second subscriber is refused, and the first one goes on: see above.
+        tracing_subscriber::registry()
+            .with(lines)
+            .with(targets)
+            .try_init()
+            .ok();
+        Ok(())
+    }
+
+    /// Reports that the sandbox is complete; `report` is its JSON. From here on the server serves.
+    pub fn ready(mut self, report: String) -> Result<Control, StartError> {
+        self.socket.send(&ServerToSupervisor::Ready { report }, &[])?;
+        Ok(Control { socket: self.socket })
+    }
+
+    /// Reports in one sentence that the server cannot serve. Exit afterwards.
+    pub fn fail(mut self, message: String) -> Result<(), StartError> {
+        self.socket.send(&ServerToSupervisor::Failed { message }, &[])?;
+        Ok(())
+    }
+}
+
+/// What the supervisor wants of a running server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControlRequest {
+    /// Stop at a packet boundary, and exit with status 0.
+    Stop,
+    /// Call [`Control::inspect`].
+    Inspect,
+}
+
+/// A running server's line to the supervisor.
+#[derive(Debug)]
+pub struct Control {
+    socket: Socket,
+}
+
+impl Control {
+    /// Reads what the supervisor said; answers pings itself. Call when readable (or writable, while
+    /// [`Self::wants_write`]).
+    ///
+    /// [`PeerFault::Eof`] means that the supervisor is gone: exit.
+    pub fn on_readable(&mut self) -> Result<Vec<ControlRequest>, PeerFault> {
+        self.socket.flush()?;
+        let mut requests = Vec::new();
+        while let Some((message, _)) = self.socket.recv::<SupervisorToServer>()? {
+            match message {
+                SupervisorToServer::Start { .. } => {
+                    return Err(PeerFault::OutOfTurn {
+                        message: "Start",
+                        why: "the server has started",
+                    });
+                }
+                SupervisorToServer::Stop => requests.push(ControlRequest::Stop),
+                SupervisorToServer::Ping { token } => {
+                    self.socket.send(&ServerToSupervisor::Pong { token }, &[])?;
+                }
+                SupervisorToServer::Inspect => requests.push(ControlRequest::Inspect),
+            }
+        }
+        Ok(requests)
+    }
+
+    /// Answers an [`ControlRequest::Inspect`] with `path = value` pairs.
+    pub fn inspect(&mut self, entries: Vec<(String, String)>) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Inspect { entries }, &[])
+    }
+
+    /// Tells the operator something in one sentence.
+    pub fn event(&mut self, text: String) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Event { text }, &[])
+    }
+
+    /// Reports in one sentence that the server cannot go on. Exit afterwards.
+    pub fn failed(&mut self, message: String) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Failed { message }, &[])
+    }
+
+    /// Whether to poll for writability, too.
+    pub fn wants_write(&self) -> bool {
+        self.socket.has_queued()
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Waits until a socket has something to read, or its peer is gone.
+pub(crate) fn wait_readable(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+    loop {
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::NONE) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno),
+        }
+    }
+}

@@ -42,7 +42,7 @@ impl Namespaces {
         Self(127)
     }
 
-    /// None: the child shares everything with its parent until it calls [`crate::enter`].
+    /// None: the child shares everything with its parent, and keeps the host's root directory.
     pub const fn none() -> Self {
         Self(0)
     }

@@ -123,97 +123,33 @@ const fn refuse(name: &'static str, number: i64, errno: i32, by: &'static str) -
 const ANY: &[When] = &[];
 
 /// What Rust's standard library and glibc do in any program, whatever it is for.
+#[rustfmt::skip] // a table: one entry a line
 const RUNTIME: &[Rule] = &[
     allow("read", c::SYS_read, ANY, "runtime: File, eventfds, timerfds"),
-    allow(
-        "write",
-        c::SYS_write,
-        ANY,
-        "runtime: the log on standard error, eventfds",
-    ),
+    allow("write", c::SYS_write, ANY, "runtime: the log on standard error, eventfds"),
     allow("close", c::SYS_close, ANY, "runtime: OwnedFd"),
     allow("futex", c::SYS_futex, ANY, "runtime: Mutex, Condvar, join"),
-    allow(
-        "clock_gettime",
-        c::SYS_clock_gettime,
-        ANY,
-        "runtime: Instant where the vDSO cannot answer",
-    ),
-    allow(
-        "clock_nanosleep",
-        c::SYS_clock_nanosleep,
-        ANY,
-        "runtime: thread::sleep",
-    ),
-    allow(
-        "restart_syscall",
-        c::SYS_restart_syscall,
-        ANY,
-        "runtime: the kernel, after SIGSTOP and SIGCONT",
-    ),
-    allow(
-        "sched_yield",
-        c::SYS_sched_yield,
-        ANY,
-        "runtime: thread::yield_now",
-    ),
+    allow("clock_gettime", c::SYS_clock_gettime, ANY, "runtime: Instant where the vDSO cannot answer"),
+    allow("clock_nanosleep", c::SYS_clock_nanosleep, ANY, "runtime: thread::sleep"),
+    allow("restart_syscall", c::SYS_restart_syscall, ANY, "runtime: the kernel, after SIGSTOP and SIGCONT"),
+    allow("sched_yield", c::SYS_sched_yield, ANY, "runtime: thread::yield_now"),
     // HashMap's seed is drawn once per thread.
     allow("getrandom", c::SYS_getrandom, ANY, "runtime: HashMap"),
-    allow(
-        "rt_sigreturn",
-        c::SYS_rt_sigreturn,
-        ANY,
-        "runtime: return from any signal handler",
-    ),
-    allow(
-        "rt_sigprocmask",
-        c::SYS_rt_sigprocmask,
-        ANY,
-        "runtime: abort, thread start",
-    ),
+    allow("rt_sigreturn", c::SYS_rt_sigreturn, ANY, "runtime: return from any signal handler"),
+    allow("rt_sigprocmask", c::SYS_rt_sigprocmask, ANY, "runtime: abort, thread start"),
     allow("rt_sigaction", c::SYS_rt_sigaction, ANY, "runtime: abort"),
-    allow(
-        "sigaltstack",
-        c::SYS_sigaltstack,
-        ANY,
-        "runtime: the stack overflow guard of a thread, at its end",
-    ),
+    allow("sigaltstack", c::SYS_sigaltstack, ANY, "runtime: the stack overflow guard of a thread"),
     allow("gettid", c::SYS_gettid, ANY, "runtime: abort, panic"),
     allow("getpid", c::SYS_getpid, ANY, "runtime: abort"),
-    allow(
-        "tgkill",
-        c::SYS_tgkill,
-        &[When::OwnPid { argument: 0 }],
-        "runtime: abort, pthread_kill",
-    ),
+    allow("tgkill", c::SYS_tgkill, &[When::OwnPid { argument: 0 }], "runtime: abort, pthread_kill"),
     allow("exit", c::SYS_exit, ANY, "runtime: end of a thread"),
-    allow(
-        "exit_group",
-        c::SYS_exit_group,
-        ANY,
-        "runtime: end of the process",
-    ),
+    allow("exit_group", c::SYS_exit_group, ANY, "runtime: end of the process"),
     // OwnedFd::try_clone; std and vmbus ask a received descriptor what it is and whether it is sealed.
-    allow(
-        "fcntl",
-        c::SYS_fcntl,
-        FCNTL,
-        "runtime: OwnedFd::try_clone, nix::fcntl",
-    ),
+    allow("fcntl", c::SYS_fcntl, FCNTL, "runtime: OwnedFd::try_clone, nix::fcntl"),
     allow("fstat", c::SYS_fstat, ANY, "runtime: nix::sys::stat::fstat"),
-    allow(
-        "newfstatat",
-        c::SYS_newfstatat,
-        &[NO_PATH_3],
-        "runtime: fstat of newer glibc",
-    ),
+    allow("newfstatat", c::SYS_newfstatat, &[NO_PATH_3], "runtime: fstat of newer glibc"),
     allow("statx", c::SYS_statx, &[NO_PATH_2], "runtime: File::metadata"),
-    allow(
-        "ioctl",
-        c::SYS_ioctl,
-        IOCTL_ANY_PROGRAM,
-        "runtime: set_nonblocking, set_cloexec, is_terminal",
-    ),
+    allow("ioctl", c::SYS_ioctl, IOCTL_ANY_PROGRAM, "runtime: set_nonblocking, set_cloexec, is_terminal"),
 ];
 
 /// linux/fcntl.h. Locks, leases, owners and signals on descriptors are not needed by anyone.
@@ -248,33 +184,14 @@ const IOCTL_ANY_PROGRAM: &[When] = &[When::OneOf {
 }];
 
 /// The allocator and the maps of received memfds. PROT_EXEC is never allowed: no code can be added to a process.
+#[rustfmt::skip] // a table: one entry a line
 const MEMORY: &[Rule] = &[
     allow("brk", c::SYS_brk, ANY, "runtime: malloc"),
-    allow(
-        "mmap",
-        c::SYS_mmap,
-        &[NOT_EXECUTABLE],
-        "runtime: malloc, thread stacks; vmbus/src/mem/map.rs map",
-    ),
-    allow(
-        "mprotect",
-        c::SYS_mprotect,
-        &[NOT_EXECUTABLE],
-        "runtime: malloc, guard pages of thread stacks",
-    ),
-    allow(
-        "munmap",
-        c::SYS_munmap,
-        ANY,
-        "runtime: free; vmbus/src/mem/map.rs drop",
-    ),
+    allow("mmap", c::SYS_mmap, &[NOT_EXECUTABLE], "runtime: malloc, thread stacks; vmbus/src/mem/map.rs map"),
+    allow("mprotect", c::SYS_mprotect, &[NOT_EXECUTABLE], "runtime: malloc, guard pages of thread stacks"),
+    allow("munmap", c::SYS_munmap, ANY, "runtime: free; vmbus/src/mem/map.rs drop"),
     allow("mremap", c::SYS_mremap, ANY, "runtime: realloc of large blocks"),
-    allow(
-        "madvise",
-        c::SYS_madvise,
-        ANY,
-        "runtime: free of thread stacks; vmm-core/src/kvm/memory.rs",
-    ),
+    allow("madvise", c::SYS_madvise, ANY, "runtime: free of thread stacks; vmm-core/src/kvm/memory.rs"),
 ];
 
 const NOT_EXECUTABLE: When = When::Bits {
@@ -286,33 +203,14 @@ const NOT_EXECUTABLE: When = When::Bits {
 /// Threads that are made after the lock-in. The one way to make a process is closed: clone3 keeps its flags in
 /// memory, where a filter cannot see them, so it does not exist here and glibc falls back to clone; clone must
 /// share memory and thread group and must not make a namespace.
+#[rustfmt::skip] // a table: one entry a line
 const THREADS: &[Rule] = &[
-    refuse(
-        "clone3",
-        c::SYS_clone3,
-        c::ENOSYS,
-        "runtime: pthread_create, which then takes clone",
-    ),
+    refuse("clone3", c::SYS_clone3, c::ENOSYS, "runtime: pthread_create, which then takes clone"),
     allow("clone", c::SYS_clone, &[THREAD_ONLY], "runtime: pthread_create"),
-    allow(
-        "set_robust_list",
-        c::SYS_set_robust_list,
-        ANY,
-        "runtime: start of a thread",
-    ),
+    allow("set_robust_list", c::SYS_set_robust_list, ANY, "runtime: start of a thread"),
     allow("rseq", c::SYS_rseq, ANY, "runtime: start of a thread"),
-    allow(
-        "sched_getaffinity",
-        c::SYS_sched_getaffinity,
-        ANY,
-        "runtime: start of a thread, malloc",
-    ),
-    allow(
-        "prctl",
-        c::SYS_prctl,
-        &[SET_NAME],
-        "runtime: thread::Builder::name",
-    ),
+    allow("sched_getaffinity", c::SYS_sched_getaffinity, ANY, "runtime: start of a thread, malloc"),
+    allow("prctl", c::SYS_prctl, &[SET_NAME], "runtime: thread::Builder::name"),
 ];
 
 const SET_NAME: When = When::OneOf {
@@ -336,88 +234,41 @@ const THREAD_ONLY: When = When::Bits {
 
 /// Messages on the inherited sockets. There is no call here that makes a socket or gives it a peer; `sendto` must
 /// not name one.
+#[rustfmt::skip] // a table: one entry a line
 const SOCKETS: &[Rule] = &[
     allow("recvmsg", c::SYS_recvmsg, ANY, "vmbus/src/ipc/socket.rs recv"),
     allow("sendmsg", c::SYS_sendmsg, ANY, "vmbus/src/ipc/socket.rs send"),
     allow("recvfrom", c::SYS_recvfrom, ANY, "runtime: UnixStream::read"),
-    allow(
-        "sendto",
-        c::SYS_sendto,
-        &[When::Null { argument: 4 }],
-        "runtime: UnixStream::write",
-    ),
-    allow(
-        "getsockopt",
-        c::SYS_getsockopt,
-        ANY,
-        "vmbus/src/ipc/socket.rs new",
-    ),
+    allow("sendto", c::SYS_sendto, &[When::Null { argument: 4 }], "runtime: UnixStream::write"),
+    allow("getsockopt", c::SYS_getsockopt, ANY, "vmbus/src/ipc/socket.rs new"),
     allow("shutdown", c::SYS_shutdown, ANY, "runtime: UnixStream::shutdown"),
 ];
 
 /// Waiting.
+#[rustfmt::skip] // a table: one entry a line
 const EVENTS: &[Rule] = &[
     allow("poll", c::SYS_poll, ANY, "runtime: nix::poll"),
     allow("ppoll", c::SYS_ppoll, ANY, "runtime: nix::poll"),
-    allow(
-        "epoll_create1",
-        c::SYS_epoll_create1,
-        ANY,
-        "runtime: nix::sys::epoll",
-    ),
+    allow("epoll_create1", c::SYS_epoll_create1, ANY, "runtime: nix::sys::epoll"),
     allow("epoll_ctl", c::SYS_epoll_ctl, ANY, "runtime: nix::sys::epoll"),
     allow("epoll_wait", c::SYS_epoll_wait, ANY, "runtime: nix::sys::epoll"),
     allow("epoll_pwait", c::SYS_epoll_pwait, ANY, "runtime: nix::sys::epoll"),
     allow("eventfd2", c::SYS_eventfd2, ANY, "runtime: nix::sys::eventfd"),
-    allow(
-        "timerfd_create",
-        c::SYS_timerfd_create,
-        ANY,
-        "runtime: nix::sys::timerfd",
-    ),
-    allow(
-        "timerfd_settime",
-        c::SYS_timerfd_settime,
-        ANY,
-        "runtime: nix::sys::timerfd",
-    ),
-    allow(
-        "timerfd_gettime",
-        c::SYS_timerfd_gettime,
-        ANY,
-        "runtime: nix::sys::timerfd",
-    ),
+    allow("timerfd_create", c::SYS_timerfd_create, ANY, "runtime: nix::sys::timerfd"),
+    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "runtime: nix::sys::timerfd"),
+    allow("timerfd_gettime", c::SYS_timerfd_gettime, ANY, "runtime: nix::sys::timerfd"),
 ];
 
+#[rustfmt::skip] // a table: one entry a line
 const VCPU: &[Rule] = &[
-    allow(
-        "ioctl",
-        c::SYS_ioctl,
-        KVM_REQUESTS,
-        "vmm-core/src/kvm/vcpu.rs run",
-    ),
-    allow(
-        "memfd_create",
-        c::SYS_memfd_create,
-        ANY,
-        "vmbus/src/mem/map.rs sealed_memfd",
-    ),
-    allow(
-        "ftruncate",
-        c::SYS_ftruncate,
-        ANY,
-        "vmbus/src/mem/map.rs sealed_memfd",
-    ),
+    allow("ioctl", c::SYS_ioctl, KVM_REQUESTS, "vmm-core/src/kvm/vcpu.rs run"),
+    allow("memfd_create", c::SYS_memfd_create, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
+    allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
     allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs"),
     allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
     allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
     allow("pread64", c::SYS_pread64, ANY, "vmbus/src/mem/shared.rs"),
-    allow(
-        "lseek",
-        c::SYS_lseek,
-        ANY,
-        "runtime: File::seek on the kernel image",
-    ),
+    allow("lseek", c::SYS_lseek, ANY, "runtime: File::seek on the kernel image"),
 ];
 
 const KVM_REQUESTS: &[When] = &[When::OneOf {
@@ -425,39 +276,21 @@ const KVM_REQUESTS: &[When] = &[When::OneOf {
     values: &kvm::REQUESTS,
 }];
 
+#[rustfmt::skip] // a table: one entry a line
 const BLOCK: &[Rule] = &[
-    allow(
-        "io_uring_enter",
-        c::SYS_io_uring_enter,
-        ANY,
-        "vmbus/src/mem/uring.rs submit",
-    ),
+    allow("io_uring_enter", c::SYS_io_uring_enter, ANY, "vmbus/src/mem/uring.rs submit"),
     allow("preadv", c::SYS_preadv, ANY, "vmbus/src/mem/shared.rs"),
     allow("pwritev", c::SYS_pwritev, ANY, "vmbus/src/mem/shared.rs"),
     allow("pread64", c::SYS_pread64, ANY, "vmbus/src/mem/shared.rs"),
     allow("pwrite64", c::SYS_pwrite64, ANY, "vmbus/src/mem/shared.rs"),
     allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
     allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
-    allow(
-        "fallocate",
-        c::SYS_fallocate,
-        ANY,
-        "device-block/src/backend/file.rs",
-    ),
-    allow(
-        "fdatasync",
-        c::SYS_fdatasync,
-        ANY,
-        "device-block/src/backend/file.rs",
-    ),
+    allow("fallocate", c::SYS_fallocate, ANY, "device-block/src/backend/file.rs"),
+    allow("fdatasync", c::SYS_fdatasync, ANY, "device-block/src/backend/file.rs"),
     allow("fsync", c::SYS_fsync, ANY, "device-block/src/backend/file.rs"),
     allow("lseek", c::SYS_lseek, ANY, "device-block/src/backend/file.rs"),
-    allow(
-        "ioctl",
-        c::SYS_ioctl,
-        BLOCK_REQUESTS,
-        "device-block/src/backend/file.rs",
-    ),
+    allow("flock", c::SYS_flock, ANY, "device-block/src/backend/fence.rs"),
+    allow("ioctl", c::SYS_ioctl, BLOCK_REQUESTS, "device-block/src/backend/file.rs"),
 ];
 
 /// linux/fs.h: what a block device is asked for its size and blocks, and told to forget.
@@ -475,29 +308,13 @@ const BLOCK_REQUESTS: &[When] = &[When::OneOf {
     ],
 }];
 
+#[rustfmt::skip] // a table: one entry a line
 const NET: &[Rule] = &[
     allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
     allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
     allow("recvmmsg", c::SYS_recvmmsg, ANY, "device-net/src/backend"),
     allow("sendmmsg", c::SYS_sendmmsg, ANY, "device-net/src/backend"),
-    allow(
-        "ioctl",
-        c::SYS_ioctl,
-        TAP_REQUESTS,
-        "device-net/src/backend/tap.rs",
-    ),
 ];
-
-/// linux/if_tun.h: what a tap is told when the guest negotiates offloads. TUNSETIFF is the supervisor's.
-const TAP_REQUESTS: &[When] = &[When::OneOf {
-    argument: 1,
-    values: &[
-        0x4004_54d0, // TUNSETOFFLOAD
-        0x4004_54d8, // TUNSETVNETHDRSZ
-        0x4004_54d9, // TUNSETQUEUE
-        0x8004_54d2, // TUNGETIFF
-    ],
-}];
 
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,53 @@
+#![forbid(unsafe_code)]
+//! The subject of `locked_in.rs`, in two roles.
+//!
+//! `sandbox-probe parent [OPTION…] PROFILE [DEED…]` is a supervisor: it starts itself as a child, looks at it from
+//! outside while it is locked in and waits, lets it do its deeds, and prints what it saw as `key=value` lines.
+//! `sandbox-probe child …` is that child. `sandbox-probe alone PROFILE` locks itself in without a supervisor.
+
+mod child;
+mod deeds;
+mod parent;
+
+use sandbox::Profile;
+use sandbox::profile::{self, Answer, Rule};
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let status = match words.as_slice() {
+        ["parent", rest @ ..] => parent::run(rest),
+        ["child", options, profile, rest @ ..] => child::run(options, profile, rest),
+        ["alone", profile] => child::run_alone(profile),
+        _ => {
+            eprintln!("sandbox-probe parent|child|alone …: a part of the sandbox crate's tests");
+            2
+        }
+    };
+    std::process::exit(status);
+}
+
+/// The profiles of the programs, and `without-walls`: a filter that lets the forbidden calls through, to see what
+/// stands behind it.
+fn profile(name: &str) -> Profile {
+    match name {
+        "vcpu" => profile::vcpu(),
+        "block" => profile::block(),
+        "net" => profile::net(),
+        "without-walls" => {
+            let mut profile = profile::vcpu();
+            profile.name = "without-walls";
+            profile
+                .syscalls
+                .extend(deeds::FORBIDDEN_CALLS.map(|(name, number)| Rule {
+                    name,
+                    number,
+                    when: &[],
+                    answer: Answer::Allow,
+                    by: "runtime: this test",
+                }));
+            profile
+        }
+        other => panic!("no profile {other}"),
+    }
+}

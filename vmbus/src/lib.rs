@@ -2,8 +2,10 @@
 //!
 //! Knows no process, no KVM and no device. See each module for its theory.
 
+pub mod channel;
 pub mod fault;
 pub mod ipc;
+pub mod journal;
 // UNSAFETY: shared memory; the invariant stands at the top of mem/mod.rs.
 #[expect(unsafe_code)]
 pub mod mem;

@@ -1,0 +1,655 @@
+//! One open channel, as a VSP holds it. The module's text has the loop that uses it.
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use super::interrupt::{Interrupt, set_nonblocking};
+use super::token::{HeldToken, NotTaken, Recovered, RecoveredHeld, RecoveredRequest, Token};
+use crate::fault::GuestFault;
+use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES, RecoverFault, RingView};
+use crate::mem::{HostError, SharedMap};
+use crate::ring::{PacketBuf, RingArea, RingFault, RingReader, RingWriter, StageError};
+use crate::wire::{OutPacket, Packet};
+
+/// What an endpoint has done since it was opened or taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EndpointCounters {
+    /// Packets read from the guest.
+    pub received: u64,
+    /// Completions written.
+    pub completed: u64,
+    /// Other packets written.
+    pub sent: u64,
+    /// Times that written packets were made visible.
+    pub publications: u64,
+    /// Interrupts raised.
+    pub interrupts: u64,
+}
+
+/// What names a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ChannelName {
+    /// relid.
+    pub channel: u32,
+    pub sub_index: u16,
+    pub open_epoch: u32,
+}
+
+/// What a channel is made of.
+pub(super) struct ChannelParts {
+    pub to_host: RingArea,
+    pub to_guest: RingArea,
+    pub kick: OwnedFd,
+    pub interrupt: OwnedFd,
+    pub event_flags: Arc<SharedMap>,
+    pub target_vp: u16,
+}
+
+/// Why a channel cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum OpenFault {
+    #[error(transparent)]
+    Recover(#[from] RecoverFault),
+    #[error(transparent)]
+    Ring(#[from] RingFault),
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
+
+/// Why reading has stopped although packets may be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stall {
+    No,
+    /// Reading makes no sense before something else has happened.
+    Yes,
+    /// Something has happened since.
+    Over,
+}
+
+/// One open channel: two rings, journal, kick and interrupt.
+#[derive(Debug)]
+pub struct Endpoint {
+    name: ChannelName,
+    reader: RingReader,
+    writer: RingWriter,
+    journal: ChannelJournal,
+    kick: OwnedFd,
+    kick_is_nonblocking: bool,
+    interrupt: Interrupt,
+    /// Where the packet begins that was received last, while it can be put back.
+    last_received: Option<u32>,
+    masked: bool,
+    stall: Stall,
+    /// Requests taken and not answered, those in `deferred` included.
+    outstanding: u32,
+    /// Ring bytes of the longest answer that was asked for with `can_answer`.
+    answer_bytes: u32,
+    /// At least so many bytes of the ring to the guest are free.
+    free_floor: u32,
+    /// Ring bytes that were asked for and not there; 0: none.
+    wanted_bytes: u32,
+    wish_is_set: bool,
+    /// Answers that did not fit in the ring. Bounded by the slots of the journal.
+    deferred: VecDeque<(u16, u64, Vec<u8>)>,
+    broken: Option<GuestFault>,
+    counters: EndpointCounters,
+}
+
+impl Endpoint {
+    /// Opens a channel or goes on with one.
+    pub(super) fn open(
+        name: ChannelName,
+        parts: ChannelParts,
+        journal: &Journal,
+        fresh: bool,
+    ) -> Result<(Self, Recovered), OpenFault> {
+        let ChannelParts {
+            to_host,
+            to_guest,
+            kick,
+            interrupt,
+            event_flags,
+            target_vp,
+        } = parts;
+        let view = RingView {
+            to_host_data_bytes: to_host.data_bytes(),
+            to_guest_data_bytes: to_guest.data_bytes(),
+            to_guest_write_index: to_guest.shared_write_index(),
+        };
+        let found = match fresh {
+            true => None,
+            false => ChannelJournal::recover(journal, name.sub_index, name.open_epoch, view)?,
+        };
+        let (journal, recovery) = match found {
+            Some((journal, recovery)) => (journal, Some(recovery)),
+            None => (
+                ChannelJournal::open_fresh(journal, name.sub_index, name.open_epoch),
+                None,
+            ),
+        };
+        let (read_index, write_index) = recovery
+            .as_ref()
+            .map_or((0, 0), |recovery| (recovery.read_index, recovery.write_index));
+        let mut endpoint = Self {
+            name,
+            reader: RingReader::new(to_host, read_index)?,
+            writer: RingWriter::new(to_guest, write_index)?,
+            journal,
+            kick,
+            kick_is_nonblocking: false,
+            interrupt: Interrupt::new(event_flags, interrupt, name.channel, target_vp)?,
+            last_received: None,
+            masked: false,
+            stall: Stall::No,
+            outstanding: 0,
+            answer_bytes: 0,
+            free_floor: 0,
+            wanted_bytes: 0,
+            wish_is_set: false,
+            deferred: VecDeque::new(),
+            broken: None,
+            counters: EndpointCounters::default(),
+        };
+        // A dead predecessor may have left its mask or its wish for space set, or died between journal and ring.
+        endpoint.reader.claim_words();
+        endpoint.writer.claim_words();
+        let Some(recovery) = recovery else {
+            return Ok((
+                endpoint,
+                Recovered {
+                    fresh: true,
+                    ..Recovered::default()
+                },
+            ));
+        };
+        let mut recovered = Recovered::default();
+        for live in &recovery.requests {
+            let replay = endpoint.journal.replay(live);
+            let token = endpoint.token(replay.slot, replay.kind, replay.transaction_id);
+            recovered.requests.push(RecoveredRequest {
+                token,
+                payload: replay.payload,
+            });
+        }
+        for live in &recovery.held {
+            let replay = endpoint.journal.replay(live);
+            let token = endpoint.held_token(replay.slot, replay.kind, replay.transaction_id, 0);
+            recovered.held.push(RecoveredHeld {
+                token,
+                payload: replay.payload,
+            });
+        }
+        // What the predecessor published last may never have been signalled.
+        endpoint.signal_now();
+        Ok((endpoint, recovered))
+    }
+
+    fn token(&mut self, slot: u16, kind: u8, transaction_id: u64) -> Token {
+        self.outstanding += 1;
+        Token::new(
+            slot,
+            kind,
+            transaction_id,
+            self.name.channel,
+            self.name.open_epoch,
+        )
+    }
+
+    fn held_token(&self, slot: u16, kind: u8, transaction_id: u64, publish_seq: u64) -> HeldToken {
+        let ChannelName {
+            channel, open_epoch, ..
+        } = self.name;
+        HeldToken {
+            slot,
+            kind,
+            transaction_id,
+            channel,
+            open_epoch,
+            publish_seq,
+        }
+    }
+
+    /// 0: the primary.
+    pub fn sub_index(&self) -> u16 {
+        self.name.sub_index
+    }
+
+    /// relid.
+    pub fn channel_id(&self) -> u32 {
+        self.name.channel
+    }
+
+    /// Names this opening; never repeats within a VM's life.
+    pub fn open_epoch(&self) -> u32 {
+        self.name.open_epoch
+    }
+
+    /// Becomes readable when the guest has something for us.
+    pub fn kick(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// Resets the kick. For servers that poll it; do not mix with `Uring::read_eventfd`, which needs it blocking.
+    pub fn drain_kick(&mut self) -> Result<(), HostError> {
+        if !self.kick_is_nonblocking {
+            set_nonblocking(&self.kick)?;
+            self.kick_is_nonblocking = true;
+        }
+        match nix::unistd::read(&self.kick, &mut [0; 8]) {
+            Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+            Err(errno) => Err(HostError::new("read a kick", errno)),
+        }
+    }
+
+    /// The fault that broke the endpoint, if one did.
+    pub fn broken(&self) -> Option<GuestFault> {
+        self.broken
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> EndpointCounters {
+        EndpointCounters {
+            interrupts: self.interrupt.count(),
+            ..self.counters
+        }
+    }
+
+    /// Requests taken and not answered.
+    pub fn outstanding(&self) -> u32 {
+        self.outstanding
+    }
+
+    /// How many more requests can be taken now.
+    pub fn free_slots(&self) -> u16 {
+        self.journal.free_slots()
+    }
+
+    /// Packets sent with [`Self::send_held`] and not released.
+    pub fn held(&self) -> u16 {
+        self.journal.held_count()
+    }
+
+    /// `path = value` pairs for inspection.
+    pub fn inspect(&self) -> Vec<(String, String)> {
+        let counters = self.counters();
+        let path = |leaf: &str| format!("channel/{}/{leaf}", self.name.sub_index);
+        vec![
+            (path("relid"), self.name.channel.to_string()),
+            (path("outstanding"), self.outstanding.to_string()),
+            (path("held"), self.held().to_string()),
+            (path("received"), counters.received.to_string()),
+            (path("completed"), counters.completed.to_string()),
+            (path("sent"), counters.sent.to_string()),
+            (path("publications"), counters.publications.to_string()),
+            (path("interrupts"), counters.interrupts.to_string()),
+            (
+                path("broken"),
+                self.broken.map_or("no".to_owned(), |fault| fault.to_string()),
+            ),
+        ]
+    }
+
+    /// Copies the next packet into `buf` and stages past it; nothing is given back to the guest before
+    /// [`Self::commit_taken`]. `None`: the ring is empty.
+    ///
+    /// Each packet is then either taken ([`Self::take`]), consumed ([`Self::consume`]) or put back
+    /// ([`Self::put_back`]).
+    pub fn receive<'b>(&mut self, buf: &'b mut PacketBuf) -> Result<Option<Packet<'b>>, GuestFault> {
+        self.check()?;
+        if !self.masked {
+            // We look again before we sleep; until then kicks are of no use.
+            self.reader.mask_interrupts();
+            self.masked = true;
+        }
+        self.stall = Stall::No;
+        let start = self.reader.staged_index();
+        match self.reader.next(buf) {
+            Ok(None) => Ok(None),
+            Ok(Some(packet)) => {
+                self.last_received = Some(start);
+                self.counters.received += 1;
+                Ok(Some(packet))
+            }
+            Err(fault) => Err(self.fail(fault.into())),
+        }
+    }
+
+    /// Takes the packet just received: what a successor needs to execute it again goes into the journal.
+    ///
+    /// `kind` is the device's own; it comes back with [`Recovered`], as do the payload's parts, in one piece.
+    pub fn take(&mut self, kind: u8, transaction_id: u64, payload: &[&[u8]]) -> Result<Token, NotTaken> {
+        assert!(self.last_received.is_some(), "take without a packet");
+        let bytes = payload
+            .iter()
+            .fold(0usize, |sum, part| sum.saturating_add(part.len()));
+        if bytes > MAX_PAYLOAD_BYTES {
+            return Err(NotTaken::TooLong { bytes });
+        }
+        let slot = self
+            .journal
+            .stage_request(kind, transaction_id, payload)
+            .ok_or(NotTaken::NoFreeSlot)?;
+        self.last_received = None;
+        Ok(self.token(slot, kind, transaction_id))
+    }
+
+    /// Puts the packet just received back. Reading makes sense again after a request was answered, or after whatever
+    /// else the server waits for.
+    ///
+    /// # Panics
+    /// Without a packet that was received and neither taken nor consumed.
+    pub fn put_back(&mut self) {
+        let index = self.last_received.take().expect("put_back follows receive");
+        self.reader.revert_to(index);
+        self.counters.received -= 1;
+        self.stall = Stall::Yes;
+    }
+
+    /// The packet just received needs no answer. If the server dies before the next [`Self::commit_taken`], its
+    /// successor receives the packet again; afterwards nobody does.
+    pub fn consume(&mut self) {
+        self.last_received = None;
+    }
+
+    /// The guest's answer to a held packet was received: it is released together with the packet that said so. That
+    /// packet counts as consumed.
+    pub fn release(&mut self, held: HeldToken) -> Result<(), GuestFault> {
+        assert!(
+            (held.channel, held.open_epoch) == (self.name.channel, self.name.open_epoch),
+            "a stranger's token"
+        );
+        self.last_received = None;
+        if !self.journal.is_published(held.publish_seq) {
+            // An answer to what the guest cannot have seen. Harmless, once the packet is out.
+            self.publish()?;
+        }
+        self.journal.stage_release(held.slot);
+        self.progress();
+        Ok(())
+    }
+
+    /// Commits everything taken and consumed so far, and gives the ring space back to the guest.
+    pub fn commit_taken(&mut self) -> Result<(), GuestFault> {
+        self.check()?;
+        self.last_received = None;
+        if self.reader.staged_index() == self.reader.committed_index() {
+            return Ok(());
+        }
+        self.journal.commit_take(self.reader.staged_index());
+        if self.reader.commit().is_needed() {
+            self.interrupt.raise();
+        }
+        Ok(())
+    }
+
+    /// Whether the ring to the guest has room for an answer of `payload_bytes` to each request outstanding and one more.
+    ///
+    /// If not, do not receive: the kick comes when there is room ([`Self::prepare_sleep`] asks for it).
+    pub fn can_answer(&mut self, payload_bytes: usize) -> bool {
+        if self.broken.is_some() {
+            return false;
+        }
+        let needed = RingWriter::needed_bytes(0, payload_bytes);
+        self.answer_bytes = self.answer_bytes.max(u32::try_from(needed).unwrap_or(u32::MAX));
+        let room = self.deferred.is_empty() && self.has_room(self.reserve(1));
+        if !room {
+            self.stall = Stall::Yes;
+        }
+        room
+    }
+
+    /// Ring bytes for the answers to all requests outstanding and `more`.
+    fn reserve(&self, more: u32) -> u32 {
+        self.outstanding
+            .saturating_add(more)
+            .saturating_mul(self.answer_bytes)
+    }
+
+    /// Whether more than `bytes` are free; if not, remembers the wish.
+    fn has_room(&mut self, bytes: u32) -> bool {
+        if self.free_floor <= bytes {
+            match self.writer.free_bytes() {
+                Ok(free) => self.free_floor = free,
+                Err(fault) => {
+                    self.fail(fault.into());
+                    return false;
+                }
+            }
+        }
+        let room = self.free_floor > bytes;
+        if !room {
+            self.wanted_bytes = bytes;
+        } else if self.wanted_bytes != 0 && bytes >= self.wanted_bytes {
+            self.withdraw_wish();
+        }
+        room
+    }
+
+    fn withdraw_wish(&mut self) {
+        self.wanted_bytes = 0;
+        if self.wish_is_set {
+            self.writer.set_pending_send_bytes(0);
+            self.wish_is_set = false;
+        }
+    }
+
+    /// Answers a request: stages its completion packet. The guest sees it after [`Self::publish`].
+    ///
+    /// An answer that does not fit in the ring (the guest does not read) is kept and staged later.
+    pub fn complete(&mut self, token: Token, payload: &[u8]) -> Result<(), GuestFault> {
+        assert!(
+            token.is_of(self.name.channel, self.name.open_epoch),
+            "a stranger's token: {token:?}"
+        );
+        let transaction_id = token.transaction_id();
+        let slot = token.into_slot();
+        self.check()?;
+        self.progress();
+        if !self.deferred.is_empty() || !self.stage_completion(slot, transaction_id, payload)? {
+            self.deferred.push_back((slot, transaction_id, payload.to_vec()));
+        }
+        Ok(())
+    }
+
+    /// Stages a completion; `false`: no room.
+    fn stage_completion(
+        &mut self,
+        slot: u16,
+        transaction_id: u64,
+        payload: &[u8],
+    ) -> Result<bool, GuestFault> {
+        match self.stage(&OutPacket::completion(transaction_id, &[payload])) {
+            Ok(()) => {
+                self.journal.stage_answer(slot);
+                self.outstanding -= 1;
+                self.counters.completed += 1;
+                Ok(true)
+            }
+            Err(StageError::Full) => {
+                self.wanted_bytes =
+                    u32::try_from(RingWriter::needed_bytes(0, payload.len())).unwrap_or(u32::MAX);
+                Ok(false)
+            }
+            Err(StageError::Fault(fault)) => Err(self.fail(fault.into())),
+            // The guest has made a ring that is too small for the protocol it speaks.
+            Err(StageError::TooBig { data_bytes, .. }) => {
+                let area_bytes = u64::from(data_bytes);
+                Err(self.fail(
+                    RingFault::RingSize {
+                        area_bytes,
+                        downstream_page_offset: 0,
+                    }
+                    .into(),
+                ))
+            }
+        }
+    }
+
+    fn stage(&mut self, packet: &OutPacket<'_>) -> Result<(), StageError> {
+        self.writer.stage(packet)?;
+        let needed = RingWriter::needed_bytes(packet.extra_header.len(), packet.payload_bytes().unwrap_or(0));
+        self.free_floor = self
+            .free_floor
+            .saturating_sub(u32::try_from(needed).unwrap_or(u32::MAX));
+        Ok(())
+    }
+
+    /// Stages answers that found no room before.
+    fn stage_deferred(&mut self) -> Result<(), GuestFault> {
+        while let Some((slot, transaction_id, payload)) = self.deferred.pop_front() {
+            if !self.stage_completion(slot, transaction_id, &payload)? {
+                self.deferred.push_front((slot, transaction_id, payload));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a request without an answer: it was a packet that wants none, after all. Nothing of it is replayed.
+    pub fn cancel(&mut self, token: Token) {
+        assert!(
+            token.is_of(self.name.channel, self.name.open_epoch),
+            "a stranger's token: {token:?}"
+        );
+        self.journal.cancel_request(token.into_slot());
+        self.outstanding -= 1;
+        self.progress();
+    }
+
+    /// Stages a packet of ours that is not the answer to a request.
+    ///
+    /// [`StageError::Full`] while the room is needed for the answers to the requests outstanding; a kick comes when
+    /// there is more.
+    pub fn send(&mut self, packet: &OutPacket<'_>) -> Result<(), StageError> {
+        if let Some(GuestFault::Ring(fault)) = self.broken {
+            return Err(fault.into());
+        }
+        let needed = RingWriter::needed_bytes(packet.extra_header.len(), packet.payload_bytes().unwrap_or(0));
+        let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+        if !self.has_room(needed.saturating_add(self.reserve(1))) {
+            return match self.broken {
+                Some(GuestFault::Ring(fault)) => Err(fault.into()),
+                _ => Err(StageError::Full),
+            };
+        }
+        self.stage(packet)?;
+        self.counters.sent += 1;
+        Ok(())
+    }
+
+    /// Stages a packet of ours whose answer must be accounted for even if this server dies in between.
+    ///
+    /// `kind` and `payload` (at most [`MAX_PAYLOAD_BYTES`]) come back with [`Recovered`]. [`StageError::Full`] as with
+    /// [`Self::send`], and while [`crate::journal::MAX_HELD`] packets are held.
+    pub fn send_held(
+        &mut self,
+        packet: &OutPacket<'_>,
+        kind: u8,
+        payload: &[&[u8]],
+    ) -> Result<HeldToken, StageError> {
+        let Some(slot) = self.journal.stage_held(kind, packet.transaction_id, payload) else {
+            return Err(StageError::Full);
+        };
+        if let Err(error) = self.send(packet) {
+            self.journal.cancel_held(slot);
+            return Err(error);
+        }
+        Ok(self.held_token(slot, kind, packet.transaction_id, self.journal.next_publication()))
+    }
+
+    /// Makes everything staged visible to the guest, and interrupts it if the ring's rules ask for it. Commits what
+    /// was taken before.
+    pub fn publish(&mut self) -> Result<(), GuestFault> {
+        self.check()?;
+        if !self.deferred.is_empty() {
+            self.stage_deferred()?;
+        }
+        // A request must be known as taken before its answer can be seen: else a successor would take it again.
+        self.commit_taken()?;
+        if self.writer.staged_index() == self.writer.committed_index() {
+            return Ok(());
+        }
+        self.journal
+            .before_publication(self.writer.committed_index(), self.writer.staged_index());
+        let committed = self.writer.commit();
+        self.journal.after_publication();
+        self.counters.publications += 1;
+        match committed {
+            Ok(signal) => {
+                if signal.is_needed() {
+                    self.interrupt.raise();
+                }
+                Ok(())
+            }
+            Err(fault) => Err(self.fail(fault.into())),
+        }
+    }
+
+    /// To be called before waiting for the kick: publishes everything and arranges to be kicked. `true`: there is
+    /// something to do already, do not wait.
+    ///
+    /// While reading is stalled (a packet was put back, or [`Self::can_answer`] said no) packets in the ring are no
+    /// reason to stay awake, but an answered request since then is.
+    pub fn prepare_sleep(&mut self) -> Result<bool, GuestFault> {
+        self.publish()?;
+        if self.wanted_bytes != 0 {
+            self.wish_is_set = true;
+            match self.writer.request_space(self.wanted_bytes) {
+                Ok(false) => {}
+                Ok(true) => {
+                    (self.wanted_bytes, self.wish_is_set, self.stall) = (0, false, Stall::No);
+                    return Ok(true);
+                }
+                Err(fault) => return Err(self.fail(fault.into())),
+            }
+        }
+        match self.stall {
+            Stall::Yes => Ok(false),
+            Stall::Over => {
+                self.stall = Stall::No;
+                Ok(true)
+            }
+            Stall::No => {
+                self.masked = false;
+                self.reader
+                    .unmask_and_check()
+                    .map_err(|fault| self.fail(fault.into()))
+            }
+        }
+    }
+
+    /// Interrupts the guest whether or not it needs it.
+    pub fn signal_now(&mut self) {
+        self.interrupt.raise();
+    }
+
+    /// From now on another VP is interrupted. Interrupts it once: what was signalled to the old one may be lost.
+    pub fn retarget(&mut self, target_vp: u16) {
+        self.interrupt.retarget(target_vp);
+        self.interrupt.raise();
+    }
+
+    /// Ends this opening: nothing of it is ever replayed, and its rings are not touched any more.
+    pub(super) fn close(self) -> ChannelName {
+        self.journal.close();
+        self.name
+    }
+
+    fn progress(&mut self) {
+        if self.stall == Stall::Yes {
+            self.stall = Stall::Over;
+        }
+    }
+
+    fn check(&self) -> Result<(), GuestFault> {
+        self.broken.map_or(Ok(()), Err)
+    }
+
+    fn fail(&mut self, fault: GuestFault) -> GuestFault {
+        *self.broken.get_or_insert(fault)
+    }
+}

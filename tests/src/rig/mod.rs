@@ -50,6 +50,7 @@ pub use spec::{EXIT_RIG_AT_FAULT, FileSource, RigError, RigFailed, RigOutcome, R
 
 use anyhow::{Context, Result};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// A rig that is built and ready to run.
@@ -144,9 +145,11 @@ pub fn workspace_root() -> PathBuf {
     tests.parent().unwrap_or(tests).to_path_buf()
 }
 
-/// One line about what is being done; stderr, so that a payload's output stays clean.
+/// One line about what is being done. On stderr, so that a payload's output stays clean; past the capture of a test
+/// harness, so that a test that takes long says why, and a failed attempt is seen and counted.
 fn progress(what: &str) {
-    eprintln!("rig: {what}");
+    // A closed stderr leaves nobody to tell.
+    let _ = std::io::stderr().write_all(format!("rig: {what}\n").as_bytes());
 }
 
 /// Changes whenever something that is put into an image changes, so that a stale image is never used.

@@ -54,9 +54,10 @@ if [ "$RIG_INTERACTIVE" = 1 ]; then
     setsid -c sh /.rig/command </dev/hvc0 >/dev/hvc0 2>&1
     finish "exit $?"
 else
-    # Bytes are to arrive on the host as they were written.
+    # Bytes are to arrive on the host as they were written. The tty forgets its modes when its last user closes it.
+    exec 9<>/dev/hvc0
     stty -F /dev/hvc0 raw -echo
-    setsid sh /.rig/command </dev/null >/dev/hvc0 2>&1 &
+    setsid sh /.rig/command </dev/null >&9 2>&9 9>&- &
     payload=$!
     (
         sleep "$RIG_TIMEOUT_S"

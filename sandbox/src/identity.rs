@@ -35,6 +35,13 @@ pub(crate) fn outside() -> (u32, u32) {
     )
 }
 
+/// Whether the caller's user namespace knows these ids. In a container's, most are not: nobody can become them.
+pub(crate) fn is_mapped(uid: u32, gid: u32) -> bool {
+    let knows =
+        |map: &str, id: u32| fs::read_to_string(map).is_ok_and(|text| translate_by(&text, id).is_some());
+    knows("/proc/self/uid_map", uid) && knows("/proc/self/gid_map", gid)
+}
+
 fn translate(map: &str, inside: u32) -> u32 {
     fs::read_to_string(map)
         .ok()

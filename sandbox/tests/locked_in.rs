@@ -315,6 +315,51 @@ fn without_a_user_namespace_root_still_leaves_root_behind() {
 }
 
 #[test]
+fn on_a_host_without_user_namespaces_a_normal_user_gets_the_walls_that_are_left() {
+    let Some(starter) = starters().into_iter().find(|starter| *starter != Starter::Root) else {
+        return;
+    };
+    let seen = run(
+        starter,
+        &["--host-without-user-namespaces", "block", "heap", "open"],
+    );
+    seen.is("report.full", "false");
+    let report = seen.get("report");
+    for sentence in [
+        "no user namespace",
+        "no PID namespace",
+        "no net namespace",
+        "root directory is not empty",
+    ] {
+        assert!(report.contains(sentence), "{sentence} in {seen:#?}");
+    }
+    seen.is("audit.no_new_privs", "true");
+    seen.is("audit.seccomp", "Filter");
+    seen.is("deed.heap", "ok");
+    seen.is("cause", SIGSYS);
+}
+
+#[test]
+fn on_a_host_without_user_namespaces_root_makes_all_the_others() {
+    if !geteuid().is_root() {
+        return skip("needs root");
+    }
+    let seen = run(
+        Starter::Root,
+        &["--host-without-user-namespaces", "block", "heap", "open"],
+    );
+    assert!(
+        seen.get("report").contains("missing: no user namespace"),
+        "{seen:#?}"
+    );
+    seen.is("audit.namespaces", "mnt pid net ipc uts cgroup");
+    seen.is("audit.root_entries", "0");
+    seen.is("audit.no_capabilities", "true");
+    seen.is("deed.heap", "ok");
+    seen.is("cause", SIGSYS);
+}
+
+#[test]
 fn a_lacking_wall_is_reported_and_refused_only_if_all_are_required() {
     for starter in starters() {
         let seen = run(starter, &["--no-namespaces", "net", "heap"]);

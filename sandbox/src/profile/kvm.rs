@@ -5,7 +5,7 @@
 //! debugging, memory encryption, dirty rings, and everything of other architectures.
 
 /// The hottest first: the filter compares in this order.
-pub(super) const REQUESTS: [u32; 56] = [
+pub(super) const REQUESTS: [u32; 58] = [
     0xae80,      // KVM_RUN
     0x8090_ae81, // KVM_GET_REGS
     0x4090_ae82, // KVM_SET_REGS
@@ -57,6 +57,8 @@ pub(super) const REQUESTS: [u32; 56] = [
     0x4040_ae77, // KVM_CREATE_PIT2
     0xae47,      // KVM_SET_TSS_ADDR
     0x4008_ae48, // KVM_SET_IDENTITY_MAP_ADDR
+    0x4018_aee1, // KVM_SET_DEVICE_ATTR (a vCPU's TSC offset)
+    0x4018_aee3, // KVM_HAS_DEVICE_ATTR
     0xae01,      // KVM_CREATE_VM
     0xae03,      // KVM_CHECK_EXTENSION
     0xae04,      // KVM_GET_VCPU_MMAP_SIZE

@@ -60,14 +60,21 @@ pub(crate) fn explain_refusals(program: &'static str) -> bool {
         // asm-generic/siginfo.h: the number of the call is an int at offset 24 of a SIGSYS.
         // SAFETY: the kernel passes a valid siginfo, 128 bytes long.
         let number = unsafe { info.cast::<u8>().add(24).cast::<c_int>().read_unaligned() };
-        let name = PROGRAM.get().copied().unwrap_or("?");
+        let program = PROGRAM.get().copied().unwrap_or("?");
         let mut digits = [b'0'; 10];
         let mut rest = number.unsigned_abs();
         for digit in digits.iter_mut().rev() {
             *digit = b'0' + (rest % 10) as u8;
             rest /= 10;
         }
-        for part in [name.as_bytes(), b": seccomp refused system call ", &digits, b"\n"] {
+        let leading = digits.iter().take_while(|digit| **digit == b'0').count();
+        let number = digits.get(leading..).unwrap_or_default();
+        for part in [
+            program.as_bytes(),
+            b": seccomp refused system call ",
+            number,
+            b"\n",
+        ] {
             // SAFETY: write and _exit are async-signal-safe; the parts are valid for their length.
             unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
         }

@@ -55,7 +55,8 @@ pub enum Identity {
 }
 
 impl Identity {
-    /// A user of its own for child `index` of this process if this process is root, else [`Identity::Keep`].
+    /// A user of its own for child `index` of this process if this process is root, else [`Identity::Keep`]; also
+    /// [`Identity::Keep`] for the root of a container whose user namespace has no such user.
     ///
     /// The numbers are 1,900,000,000 + 16 x process id + `index` (at most 15), hence below 2^31 and outside of
     /// the ranges that distributions and systemd give away (its UIDS-GIDS document): nobody owns a file or
@@ -68,7 +69,11 @@ impl Identity {
         // linux/threads.h: process ids are below 2^22, so this is below 1,967,108,864.
         let block = (std::process::id() & 0x3f_ffff) << 4;
         let id = FIRST + block + (index & 15);
-        Identity::Uid { uid: id, gid: id }
+        if crate::identity::is_mapped(id, id) {
+            Identity::Uid { uid: id, gid: id }
+        } else {
+            Identity::Keep
+        }
     }
 }
 

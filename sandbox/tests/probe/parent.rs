@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::unistd::{getegid, geteuid};
 use sandbox::{Child, Identity, Namespaces, Spawn, audit, spawn};
 
 /// Limit: a child on a loaded machine gets this long for each step; nothing depends on how long it really takes.
@@ -24,6 +26,10 @@ pub fn run(words: &[&str]) -> i32 {
             "no-namespaces" => namespaces = Namespaces::none(),
             "no-user-namespace" => namespaces = namespaces.without(Namespaces::USER),
             "keep-identity" => identity = Identity::Keep,
+            "host-without-user-namespaces" => {
+                forbid_user_namespaces();
+                identity = Identity::own(3);
+            }
             "wrong-identity" => {
                 identity = Identity::Uid {
                     uid: 12345,
@@ -69,9 +75,9 @@ pub fn run(words: &[&str]) -> i32 {
     }
     if listen(&ours, &mut child) {
         look_at(&child);
-        println!("looked=");
         // A child that is already gone says so below.
         let _ = send(ours.as_raw_fd(), b"go", MsgFlags::empty());
+        println!("looked=");
         listen(&ours, &mut child);
     }
     match child.wait_at_most(PATIENCE) {
@@ -79,6 +85,20 @@ pub fn run(words: &[&str]) -> i32 {
         other => println!("cause={other:?}"),
     }
     0
+}
+
+/// Makes this process believe that it is on a host that has user namespaces switched off: it goes into one (as the
+/// user it is) whose limit on further ones is zero.
+fn forbid_user_namespaces() {
+    let (uid, gid) = (geteuid(), getegid());
+    unshare(CloneFlags::CLONE_NEWUSER).expect("the host itself has user namespaces");
+    let write = |path: &str, text: String| {
+        std::fs::write(path, text).expect("a new user namespace is ours to set up")
+    };
+    write("/proc/self/setgroups", "deny".to_owned());
+    write("/proc/self/uid_map", format!("{uid} {uid} 1"));
+    write("/proc/self/gid_map", format!("{gid} {gid} 1"));
+    write("/proc/sys/user/max_user_namespaces", "0".to_owned());
 }
 
 /// Descriptors that are not to be inherited although nothing marks them, a blocked and an ignored signal.

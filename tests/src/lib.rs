@@ -7,6 +7,8 @@
 //! - [`xtask`] holds the developer's commands; `src/main.rs` only parses the command line.
 #![forbid(unsafe_code)]
 
+pub mod bench;
+pub mod demo;
 pub mod rig;
 pub mod source;
 pub mod tier;

@@ -1,7 +1,7 @@
 //! `cargo xtask`: the developer's commands. This file only reads the command line.
 #![forbid(unsafe_code)]
 
-use bulkhead_tests::xtask;
+use bulkhead_tests::{bench, demo, xtask};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -17,23 +17,31 @@ enum Task {
     /// The nested rig: an emulated machine in which Linux guests run on any host.
     #[command(subcommand)]
     Rig(xtask::rig::RigCommand),
-    /// Boot a Debian guest with disk and network, and show what happens.
-    Demo,
     /// Run all checks and tests.
     Test(xtask::test::TestArguments),
-    /// Measure, each figure beside its baseline.
-    Bench,
     /// Count our own lines of code in each program.
     Tcb(xtask::tcb::TcbArguments),
+    /// Boot a Debian guest with disk and network, and show what ran it.
+    Demo(demo::DemoArguments),
+    /// Measure figures beside their baselines.
+    Bench(bench::BenchArguments),
+    /// The reading process of the ring benchmark.
+    #[command(hide = true)]
+    BenchPeer,
+    /// The half of the rig's benchmarks that runs inside the rig.
+    #[command(hide = true)]
+    BenchRig,
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Task::Rig(command) => xtask::rig::main(command),
-        Task::Demo => Ok(xtask::later::main("demo")),
         Task::Test(arguments) => xtask::test::main(&arguments),
-        Task::Bench => Ok(xtask::later::main("bench")),
         Task::Tcb(arguments) => xtask::tcb::main(&arguments),
+        Task::Demo(arguments) => demo::main(arguments),
+        Task::Bench(arguments) => bench::main(arguments),
+        Task::BenchPeer => bench::ring::peer(),
+        Task::BenchRig => bench::rig::inside(),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -92,6 +92,11 @@ impl Rig {
         self.dir.join("guest/vmlinux")
     }
 
+    /// The folder of the guest's images: `vmlinuz`, `vmlinux`, `initrd.cpio`.
+    pub fn guest_folder(&self) -> PathBuf {
+        self.dir.join("guest")
+    }
+
     /// The guest's initrd, see [`GuestInitrd`].
     pub fn guest_initrd(&self) -> PathBuf {
         self.dir.join("guest/initrd.cpio")

@@ -1,7 +1,6 @@
 //! The developer's commands, one module each.
 #![forbid(unsafe_code)]
 
-pub mod later;
 pub mod rig;
 pub mod tcb;
 pub mod test;

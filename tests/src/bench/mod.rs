@@ -1,0 +1,208 @@
+//! `cargo xtask bench`: each figure beside a baseline measured in the same run.
+//!
+//! One line a figure: `bench NAME value=N unit=U baseline=N ratio=R`, where ratio is value / baseline. Machines are noisy;
+//! the two sides of a ratio take turns, and the medians are compared.
+
+#![forbid(unsafe_code)]
+
+mod machine;
+mod processes;
+pub mod rig;
+pub mod ring;
+
+use crate::rig::workspace_root;
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+/// `cargo xtask bench …`
+#[derive(Debug, Args)]
+pub struct BenchArguments {
+    /// Which figures; all of them if none is named.
+    names: Vec<String>,
+    /// Also write the figures, with their single runs, to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// This program was built with optimization.
+    #[arg(long, hide = true)]
+    optimized: bool,
+}
+
+/// One measured figure.
+#[derive(Debug, Clone, Serialize)]
+pub struct Figure {
+    /// As in `cargo xtask bench NAME`.
+    pub name: &'static str,
+    /// Median of `runs`.
+    pub value: f64,
+    /// Unit of value and baseline.
+    pub unit: &'static str,
+    /// Median of `baseline_runs`.
+    pub baseline: f64,
+    /// What the baseline is, for people.
+    pub against: &'static str,
+    /// Single runs.
+    pub runs: Vec<f64>,
+    /// Single runs of the baseline.
+    pub baseline_runs: Vec<f64>,
+}
+
+impl Figure {
+    /// A figure from its single runs.
+    pub fn new(
+        name: &'static str,
+        unit: &'static str,
+        against: &'static str,
+        runs: Vec<f64>,
+        baseline_runs: Vec<f64>,
+    ) -> Figure {
+        Figure {
+            name,
+            value: median(&runs),
+            unit,
+            baseline: median(&baseline_runs),
+            against,
+            runs,
+            baseline_runs,
+        }
+    }
+
+    fn line(&self) -> String {
+        let ratio = self.value / self.baseline;
+        format!(
+            "bench {} value={} unit={} baseline={} ratio={}",
+            self.name,
+            number(self.value),
+            self.unit,
+            number(self.baseline),
+            number(ratio)
+        )
+    }
+}
+
+/// Three to four significant digits are more than these machines can tell.
+fn number(value: f64) -> String {
+    if !value.is_finite() {
+        return "nan".to_string();
+    }
+    let digits = if value.abs() >= 100.0 { 0 } else { 3 };
+    format!("{value:.digits$}")
+}
+
+/// The middle value; 0 for none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => 0.0,
+        len if len % 2 == 1 => sorted[len / 2],
+        len => (sorted[len / 2 - 1] + sorted[len / 2]) / 2.0,
+    }
+}
+
+/// Figures that are measured together, and how.
+struct Group {
+    names: &'static [&'static str],
+    measure: fn(&[&str]) -> Result<Vec<Figure>>,
+}
+
+const GROUPS: &[Group] = &[
+    Group {
+        names: &["ring-256", "ring-64k"],
+        measure: ring::measure,
+    },
+    Group {
+        names: &[
+            "idle-wakeups",
+            "memory-pss",
+            "boot",
+            "rig-disk-read",
+            "rig-disk-write",
+            "rig-net",
+        ],
+        measure: rig::measure,
+    },
+];
+
+/// Runs the benchmarks.
+pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
+    for name in &arguments.names {
+        if !GROUPS.iter().any(|group| group.names.contains(&name.as_str())) {
+            let all: Vec<&str> = GROUPS.iter().flat_map(|group| group.names).copied().collect();
+            bail!("there is no benchmark named {name}; there are {}", all.join(", "));
+        }
+    }
+    if !arguments.optimized {
+        return again_optimized(&arguments);
+    }
+    let mut figures = Vec::new();
+    for group in GROUPS {
+        let wanted: Vec<&str> = group
+            .names
+            .iter()
+            .copied()
+            .filter(|name| arguments.names.is_empty() || arguments.names.iter().any(|n| n == name))
+            .collect();
+        if wanted.is_empty() {
+            continue;
+        }
+        for figure in (group.measure)(&wanted)? {
+            if wanted.contains(&figure.name) {
+                println!("{}", figure.line());
+                figures.push(figure);
+            }
+        }
+    }
+    if let Some(path) = &arguments.json {
+        let text = serde_json::to_vec_pretty(&figures)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `cargo xtask` itself is built for quick building; what is measured must be built for speed.
+fn again_optimized(arguments: &BenchArguments) -> Result<ExitCode> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--release", "--workspace", "--bins"])
+        .current_dir(workspace_root())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "the benchmarks do not build");
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
+    let mut command = Command::new(target.join("release/xtask"));
+    command.args(["bench", "--optimized"]).args(&arguments.names);
+    if let Some(path) = &arguments.json {
+        command.arg("--json").arg(path);
+    }
+    let status = command.status().context("cannot run the optimized xtask")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_value_or_the_mean_of_the_two_middle_ones() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn a_line_has_the_form_that_scripts_rely_on() {
+        let figure = Figure::new("ring-256", "packets/s", "x", vec![250.0], vec![1000.0]);
+        assert_eq!(
+            figure.line(),
+            "bench ring-256 value=250 unit=packets/s baseline=1000 ratio=0.250"
+        );
+    }
+}

@@ -1,0 +1,85 @@
+//! bulkhead beside QEMU's `microvm` with virtio, in one run of the rig: same kernel, same initrd, same disk file, a TAP each.
+//!
+//! The host half starts this program again inside the rig ([`inside`]); the figures come back as JSON.
+
+#![forbid(unsafe_code)]
+
+use super::Figure;
+use super::machine::{Kind, Sample, run_machine};
+use crate::rig::{FileSource, Rig, RigError, RigSpec, workspace_root};
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Boots of each of the two monitors, in turn.
+const ROUNDS: usize = 3;
+/// A boot and its measurements take some 40 s on two idle cores.
+const TIMEOUT: Duration = Duration::from_secs(900);
+const RESULT: &str = "/out/samples.json";
+
+/// Measures all figures of the rig.
+pub fn measure(wanted: &[&str]) -> Result<Vec<Figure>> {
+    let _ = wanted; // One run gives all of them.
+    let rig = Rig::build()?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
+    let mut spec = RigSpec::new(["/usr/bin/xtask", "bench-rig"]);
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    spec.files
+        .push(("/usr/bin/xtask".to_string(), FileSource::Path(program)));
+    spec.binaries = Some(target.join("release"));
+    spec.timeout = TIMEOUT;
+    spec.echo = true;
+    let outcome = rig.run(&spec).map_err(|error| match error {
+        RigError::Failed(failed) => anyhow::anyhow!("{failed}; run the benchmark again"),
+        RigError::Setup(error) => error,
+    })?;
+    if outcome.status != 0 {
+        bail!("the rig's benchmarks failed with status {}", outcome.status);
+    }
+    let name = RESULT.trim_start_matches("/out/");
+    let bytes = outcome
+        .files
+        .get(name)
+        .context("the rig brought no samples back")?;
+    let samples: BTreeMap<String, Vec<Sample>> = serde_json::from_slice(bytes)?;
+    let of = |kind: Kind| samples.get(kind.name()).cloned().unwrap_or_default();
+    Ok(figures(&of(Kind::Bulkhead), &of(Kind::QemuMicrovm)))
+}
+
+/// The half inside the rig.
+pub fn inside() -> Result<ExitCode> {
+    let mut samples: BTreeMap<&str, Vec<Sample>> = BTreeMap::new();
+    for round in 1..=ROUNDS {
+        for kind in [Kind::Bulkhead, Kind::QemuMicrovm] {
+            let sample = run_machine(kind).with_context(|| format!("round {round}, {}", kind.name()))?;
+            println!("round {round} {}: {sample:?}", kind.name());
+            samples.entry(kind.name()).or_default().push(sample);
+        }
+    }
+    std::fs::write(RESULT, serde_json::to_vec(&samples)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn figures(ours: &[Sample], theirs: &[Sample]) -> Vec<Figure> {
+    let against = "QEMU microvm with virtio";
+    let figure = |name, unit, of: fn(&Sample) -> f64| {
+        Figure::new(
+            name,
+            unit,
+            against,
+            ours.iter().map(of).collect(),
+            theirs.iter().map(of).collect(),
+        )
+    };
+    vec![
+        figure("idle-wakeups", "wakeups/s", |sample| sample.wakeups_per_s),
+        figure("memory-pss", "MiB", |sample| sample.pss_mib),
+        figure("boot", "s", |sample| sample.boot_s),
+        figure("rig-disk-read", "MB/s", |sample| sample.disk_read_mb_s),
+        figure("rig-disk-write", "MB/s", |sample| sample.disk_write_mb_s),
+        figure("rig-net", "MB/s", |sample| sample.net_mb_s),
+    ]
+}

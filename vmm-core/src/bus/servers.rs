@@ -1,0 +1,662 @@
+#![forbid(unsafe_code)]
+//! The servers: who is attached to which device, what it was told, and what it still owes.
+//!
+//! ```text
+//!   None ──its socket came──▶ Connected ──Hello──▶ Attached ──breaks the protocol, socket lost──▶ Condemned
+//!     ▲                           │                   │                                              │
+//!     └───────────────────────────┴── ServerGone ─────┴──────────────────────────────────────────────┘
+//! ```
+//!
+//! - An `Attached` server was told everything: at its Hello the whole truth, then every change. So whatever is
+//!   open or mapped may be touched by it, and it must say when it has let go; each such debt has a deadline.
+//! - A `Condemned` server is not heard any more and gets nothing, but may still touch what it knew. Only
+//!   ServerGone (its process was reaped) ends that.
+//! - Debts are settled by the acknowledgement or by ServerGone, by nothing else. A deadline only reports.
+//!
+//! Each message carries the generation of its sender; one that is not the present one is dropped and counted.
+
+use vmbus::ipc::hello::PROTOCOL;
+use vmbus::ipc::messages::{ServerToVcpu, VcpuToServer};
+
+use super::Bus;
+use super::action::{Action, ChannelId, DeadlineId, DeviceId, LogLevel};
+use super::channels::{ChannelState, Opening, Seen, Standing};
+use super::connection::Connection;
+use super::gpadls::GpadlState;
+
+/// How long a server may take to let go before it is reported. The guest waits for it, holding locks.
+pub const ACKNOWLEDGE_MS: u32 = 1000;
+
+/// The process that serves a device. See the drawing above.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    None,
+    Connected { generation: u32 },
+    Attached { generation: u32, work: Work },
+    Condemned { generation: u32 },
+}
+
+/// What an attached server is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    Serving,
+    /// It was told to let go of everything.
+    Quiescing {
+        token: u64,
+        deadline: DeadlineId,
+    },
+}
+
+/// What a deadline stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitingFor {
+    ChannelClosed(ChannelId),
+    GpadlReleased(u32),
+    Quiesced,
+}
+
+/// A debt of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wait {
+    pub device: DeviceId,
+    pub waiting_for: WaitingFor,
+}
+
+/// Whether, and until when, a server has to let go of something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Nobody touches it.
+    Free,
+    /// A server must acknowledge, with this deadline; `None`: a condemned server must be gone.
+    Held(Option<DeadlineId>),
+}
+
+impl Server {
+    pub fn generation(&self) -> Option<u32> {
+        match *self {
+            Server::None => None,
+            Server::Connected { generation }
+            | Server::Attached { generation, .. }
+            | Server::Condemned { generation } => Some(generation),
+        }
+    }
+}
+
+impl std::fmt::Display for WaitingFor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            WaitingFor::ChannelClosed(channel) => write!(f, "ChannelClosed for channel {channel}"),
+            WaitingFor::GpadlReleased(gpadl) => write!(f, "GpadlReleased for GPADL {gpadl:#x}"),
+            WaitingFor::Quiesced => write!(f, "Quiesced"),
+        }
+    }
+}
+
+/// Entry points for the shell.
+impl Bus {
+    /// The socket to a server of this generation exists. It gets everything when it says hello.
+    ///
+    /// The predecessor, if there was one, must be gone ([`Self::server_gone`]).
+    pub fn server_attached(&mut self, device: DeviceId, generation: u32) -> Vec<Action> {
+        match self.devices.get_mut(&device).map(|entry| &mut entry.server) {
+            Some(server @ Server::None) => *server = Server::Connected { generation },
+            Some(_) => self.fault(
+                "server attached before its predecessor was gone",
+                format_args!("device {device}, generation {generation}"),
+            ),
+            None => self.fault("server for an unknown device", format_args!("device {device}")),
+        }
+        self.take_actions()
+    }
+
+    /// The process was reaped: nothing of it touches the guest's memory any more.
+    pub fn server_gone(&mut self, device: DeviceId, generation: u32) -> Vec<Action> {
+        let Some(entry) = self.devices.get_mut(&device) else {
+            return Vec::new();
+        };
+        if entry.server.generation() != Some(generation) {
+            self.fault(
+                "a server is gone that is not the present one",
+                format_args!("device {device}, generation {generation}"),
+            );
+            return self.take_actions();
+        }
+        let was = std::mem::replace(&mut entry.server, Server::None);
+        if let Server::Attached {
+            work: Work::Quiescing { deadline, .. },
+            ..
+        } = was
+        {
+            self.clear_deadline(deadline);
+        }
+        self.let_go_of_all(device);
+        self.settle_unload();
+        self.take_actions()
+    }
+
+    /// The socket to the server failed or was closed from its side. The supervisor is asked to replace it.
+    pub fn server_lost(&mut self, device: DeviceId, generation: u32, why: &str) -> Vec<Action> {
+        let present = self
+            .devices
+            .get(&device)
+            .and_then(|entry| entry.server.generation());
+        if present == Some(generation) {
+            self.condemn(device, format!("connection lost: {why}"));
+        }
+        self.take_actions()
+    }
+
+    /// A message of the server of this generation.
+    pub fn on_server_message(
+        &mut self,
+        device: DeviceId,
+        generation: u32,
+        message: ServerToVcpu,
+    ) -> Vec<Action> {
+        self.dispatch_server_message(device, generation, message);
+        self.take_actions()
+    }
+
+    /// A deadline that was set has passed.
+    pub fn on_deadline(&mut self, id: DeadlineId) -> Vec<Action> {
+        if let Some(Wait { device, waiting_for }) = self.waits.remove(&id) {
+            let server = self.devices.get(&device).map(|entry| entry.server);
+            if let Some(Server::Attached { generation, .. }) = server {
+                self.out.push(Action::ReportSlow {
+                    device,
+                    generation,
+                    waiting_for: waiting_for.to_string(),
+                });
+            }
+        }
+        self.take_actions()
+    }
+}
+
+impl Bus {
+    fn dispatch_server_message(&mut self, device: DeviceId, generation: u32, message: ServerToVcpu) {
+        let Some(server) = self.devices.get(&device).map(|entry| entry.server) else {
+            self.fault("message from an unknown device", format_args!("device {device}"));
+            return;
+        };
+        if server.generation() != Some(generation) {
+            self.fault(
+                "message of a stale generation",
+                format_args!("device {device}, generation {generation}"),
+            );
+            return;
+        }
+        match (server, message) {
+            (Server::None | Server::Condemned { .. }, _) => {}
+            (
+                Server::Connected { .. },
+                ServerToVcpu::Hello {
+                    protocol,
+                    generation: said,
+                },
+            ) => {
+                if protocol != PROTOCOL {
+                    self.condemn(device, format!("speaks protocol {protocol}, not {PROTOCOL}"));
+                } else if said != generation {
+                    self.condemn(device, format!("says it is generation {said}"));
+                } else {
+                    self.attach(device, generation);
+                }
+            }
+            (Server::Connected { .. }, _) => self.condemn(device, "did not say Hello first".to_owned()),
+            (Server::Attached { .. }, ServerToVcpu::Hello { .. }) => {
+                self.condemn(device, "said Hello twice".to_owned());
+            }
+            (
+                Server::Attached {
+                    generation,
+                    work: Work::Quiescing { token, deadline },
+                },
+                ServerToVcpu::Quiesced { token: said },
+            ) if said == token => {
+                self.clear_deadline(deadline);
+                self.set_server(
+                    device,
+                    Server::Attached {
+                        generation,
+                        work: Work::Serving,
+                    },
+                );
+                self.settle_unload();
+            }
+            (Server::Attached { .. }, ServerToVcpu::Quiesced { .. }) => {
+                self.condemn(device, "said Quiesced unasked".to_owned());
+            }
+            // These crossed with the Quiesce: what they speak of is gone.
+            (
+                Server::Attached {
+                    work: Work::Quiescing { .. },
+                    ..
+                },
+                ServerToVcpu::OfferSubChannels { .. }
+                | ServerToVcpu::ChannelClosed { .. }
+                | ServerToVcpu::GpadlReleased { .. }
+                | ServerToVcpu::ChannelBroken { .. },
+            ) => {}
+            (
+                Server::Attached {
+                    work: Work::Serving, ..
+                },
+                ServerToVcpu::OfferSubChannels { count },
+            ) => {
+                self.on_offer_sub_channels(device, count);
+            }
+            (
+                Server::Attached {
+                    work: Work::Serving, ..
+                },
+                ServerToVcpu::ChannelClosed { channel, open_epoch },
+            ) => self.on_channel_closed(device, ChannelId(channel), open_epoch),
+            (
+                Server::Attached {
+                    work: Work::Serving, ..
+                },
+                ServerToVcpu::GpadlReleased { gpadl },
+            ) => {
+                self.on_gpadl_released(device, gpadl);
+            }
+            (
+                Server::Attached {
+                    work: Work::Serving, ..
+                },
+                ServerToVcpu::ChannelBroken {
+                    channel,
+                    open_epoch,
+                    why,
+                },
+            ) => self.on_channel_broken(device, ChannelId(channel), open_epoch, &why),
+        }
+    }
+
+    /// Tells a server that said hello the whole truth about its device.
+    fn attach(&mut self, device: DeviceId, generation: u32) {
+        self.set_server(
+            device,
+            Server::Attached {
+                generation,
+                work: Work::Serving,
+            },
+        );
+        let attach = VcpuToServer::Attach {
+            protocol: PROTOCOL,
+            ram: self.ram.clone(),
+            vp_count: self.vp_count,
+        };
+        self.send(device, attach);
+        let channels = self.channels.of_device(device);
+        let gpadls: Vec<u32> = self
+            .gpadls
+            .iter()
+            .filter(|(_, gpadl)| gpadl.is_live() && channels.contains(&gpadl.channel))
+            .map(|(handle, _)| handle)
+            .collect();
+        for gpadl in gpadls {
+            self.tell_gpadl(device, gpadl);
+        }
+        for channel in channels {
+            self.tell_open(device, channel);
+        }
+        self.log(
+            LogLevel::Debug,
+            format_args!("device {device}: server of generation {generation} attached"),
+        );
+    }
+
+    /// Tells the attached server of a complete GPADL.
+    pub(super) fn tell_gpadl(&mut self, device: DeviceId, gpadl: u32) {
+        if let Some(entry) = self.gpadls.get(gpadl) {
+            let message = VcpuToServer::Gpadl {
+                channel: entry.channel.0,
+                gpadl,
+                pages: entry.pages.clone(),
+                byte_count: entry.byte_count,
+                byte_offset: entry.byte_offset,
+            };
+            self.send(device, message);
+        }
+    }
+
+    /// Tells the attached server of a channel, if that is open. Without a server, the next one hears of it.
+    pub(super) fn tell_open(&mut self, device: DeviceId, channel: ChannelId) {
+        if !self.is_serving(device) {
+            return;
+        }
+        let Some(entry) = self.channels.get_mut(channel) else {
+            return;
+        };
+        let ChannelState::Open(Opening {
+            open_epoch,
+            ring_gpadl,
+            downstream_page_offset,
+            target_vp,
+            ref mut seen,
+        }) = entry.state
+        else {
+            return;
+        };
+        let fresh = match *seen {
+            Seen::ByNone => {
+                *seen = Seen::ByServer;
+                true
+            }
+            Seen::ByServer | Seen::Broken => false,
+        };
+        let message = VcpuToServer::OpenChannel {
+            channel: channel.0,
+            sub_index: entry.sub_index,
+            open_epoch,
+            ring_gpadl,
+            downstream_page_offset,
+            target_vp,
+            fresh,
+        };
+        self.send(device, message);
+    }
+
+    pub(super) fn is_serving(&self, device: DeviceId) -> bool {
+        let server = self.devices.get(&device).map(|entry| entry.server);
+        matches!(
+            server,
+            Some(Server::Attached {
+                work: Work::Serving,
+                ..
+            })
+        )
+    }
+
+    /// Sends, if a server is attached.
+    pub(super) fn send(&mut self, device: DeviceId, message: VcpuToServer) {
+        let server = self.devices.get(&device).map(|entry| entry.server);
+        if let Some(Server::Attached { .. }) = server {
+            self.out.push(Action::SendToServer { device, message });
+        }
+    }
+
+    /// Asks the server to let go of something, if one may touch it.
+    pub(super) fn ask_to_let_go(
+        &mut self,
+        device: DeviceId,
+        waiting_for: WaitingFor,
+        message: VcpuToServer,
+    ) -> Hold {
+        match self.devices.get(&device).map(|entry| entry.server) {
+            None | Some(Server::None | Server::Connected { .. }) => Hold::Free,
+            Some(Server::Condemned { .. }) => Hold::Held(None),
+            Some(Server::Attached { .. }) => {
+                self.send(device, message);
+                Hold::Held(Some(self.set_deadline(device, waiting_for)))
+            }
+        }
+    }
+
+    fn set_deadline(&mut self, device: DeviceId, waiting_for: WaitingFor) -> DeadlineId {
+        let id = DeadlineId(self.next_deadline);
+        self.next_deadline = self.next_deadline.wrapping_add(1);
+        self.waits.insert(id, Wait { device, waiting_for });
+        self.out.push(Action::SetDeadline {
+            id,
+            ms: ACKNOWLEDGE_MS,
+        });
+        id
+    }
+
+    /// Forgets all debts but those of servers that are told to let go of everything.
+    pub(super) fn clear_all_but_quiesce(&mut self) {
+        let settled: Vec<DeadlineId> = self
+            .waits
+            .iter()
+            .filter(|(_, wait)| wait.waiting_for != WaitingFor::Quiesced)
+            .map(|(&id, _)| id)
+            .collect();
+        for id in settled {
+            self.clear_deadline(id);
+        }
+    }
+
+    pub(super) fn clear_deadline(&mut self, id: DeadlineId) {
+        if self.waits.remove(&id).is_some() {
+            self.out.push(Action::ClearDeadline { id });
+        }
+    }
+
+    /// Tells the server to drop everything, if it may touch anything. `holds`: it was told of something.
+    pub(super) fn quiesce(&mut self, device: DeviceId, holds: bool) {
+        let Some(Server::Attached {
+            generation,
+            work: Work::Serving,
+        }) = self.devices.get(&device).map(|entry| entry.server)
+        else {
+            return;
+        };
+        if !holds {
+            return;
+        }
+        let token = self.next_token;
+        self.next_token = self.next_token.wrapping_add(1);
+        self.send(device, VcpuToServer::Quiesce { token });
+        let deadline = self.set_deadline(device, WaitingFor::Quiesced);
+        self.set_server(
+            device,
+            Server::Attached {
+                generation,
+                work: Work::Quiescing { token, deadline },
+            },
+        );
+    }
+
+    /// Whether the end of a connection has to wait for this server.
+    pub(super) fn holds_up_unload(server: &Server) -> bool {
+        match server {
+            Server::None
+            | Server::Connected { .. }
+            | Server::Attached {
+                work: Work::Serving, ..
+            } => false,
+            Server::Attached {
+                work: Work::Quiescing { .. },
+                ..
+            }
+            | Server::Condemned { .. } => true,
+        }
+    }
+
+    fn set_server(&mut self, device: DeviceId, server: Server) {
+        if let Some(entry) = self.devices.get_mut(&device) {
+            entry.server = server;
+        }
+    }
+
+    /// Stops listening to a server and asks for its end. What it may touch stays held until it is gone.
+    fn condemn(&mut self, device: DeviceId, why: String) {
+        let Some(entry) = self.devices.get_mut(&device) else {
+            return;
+        };
+        let (generation, quiescing) = match entry.server {
+            Server::None | Server::Condemned { .. } => return,
+            Server::Connected { generation } => (generation, None),
+            Server::Attached { generation, work } => match work {
+                Work::Serving => (generation, None),
+                Work::Quiescing { deadline, .. } => (generation, Some(deadline)),
+            },
+        };
+        entry.server = Server::Condemned { generation };
+        if let Some(deadline) = quiescing {
+            self.clear_deadline(deadline);
+        }
+        let overdue: Vec<DeadlineId> = self
+            .waits
+            .iter()
+            .filter(|(_, wait)| wait.device == device)
+            .map(|(&id, _)| id)
+            .collect();
+        for id in overdue {
+            self.clear_deadline(id);
+        }
+        self.fault(
+            "server misbehaves",
+            format_args!("device {device}, generation {generation}: {why}"),
+        );
+        self.out.push(Action::Misbehaves {
+            device,
+            generation,
+            why,
+        });
+    }
+
+    fn on_offer_sub_channels(&mut self, device: DeviceId, count: u16) {
+        let Some(entry) = self.devices.get_mut(&device) else {
+            return;
+        };
+        let most = entry.offer.max_sub_channels;
+        if count > most {
+            self.condemn(
+                device,
+                format!("wants {count} sub-channels, and {most} are allowed"),
+            );
+            return;
+        }
+        // Else it crossed with the closing of the primary.
+        let primary = self.channels.find(device, 0).map(|(_, channel)| channel.state);
+        if let Some(ChannelState::Open(_)) = primary {
+            entry.wanted_sub_channels = entry.wanted_sub_channels.max(count);
+            self.offer_sub_channels(device);
+        }
+    }
+
+    fn on_channel_closed(&mut self, device: DeviceId, channel: ChannelId, open_epoch: u32) {
+        let state = self
+            .channels
+            .get(channel)
+            .filter(|entry| entry.device == device)
+            .map(|entry| entry.state);
+        match state {
+            Some(ChannelState::Closing {
+                open_epoch: closing, ..
+            }) if closing == open_epoch => self.server_closed(channel),
+            _ => self.condemn(
+                device,
+                format!("said ChannelClosed for channel {channel} unasked"),
+            ),
+        }
+    }
+
+    fn on_gpadl_released(&mut self, device: DeviceId, gpadl: u32) {
+        let entry = self.gpadls.get(gpadl);
+        let owner = entry.and_then(|entry| self.channels.get(entry.channel));
+        let releasing = entry.is_some_and(|entry| matches!(entry.state, GpadlState::Releasing { .. }));
+        if releasing && owner.is_some_and(|channel| channel.device == device) {
+            self.gpadl_released(gpadl);
+        } else {
+            self.condemn(device, format!("said GpadlReleased for GPADL {gpadl:#x} unasked"));
+        }
+    }
+
+    fn on_channel_broken(&mut self, device: DeviceId, channel: ChannelId, open_epoch: u32, why: &str) {
+        let Some(entry) = self
+            .channels
+            .get_mut(channel)
+            .filter(|entry| entry.device == device)
+        else {
+            return;
+        };
+        // A report about an earlier opening crossed with the guest's CLOSE.
+        if let ChannelState::Open(opening) = &mut entry.state
+            && opening.open_epoch == open_epoch
+        {
+            opening.seen = Seen::Broken;
+            let why: String = why.chars().filter(|c| !c.is_control()).take(200).collect();
+            self.fault(
+                "guest broke a channel",
+                format_args!("device {device}, channel {channel}: {why}"),
+            );
+        }
+    }
+
+    /// Settles every debt of a device whose server is gone.
+    fn let_go_of_all(&mut self, device: DeviceId) {
+        let channels = self.channels.of_device(device);
+        let releasing: Vec<u32> = self
+            .gpadls
+            .iter()
+            .filter(|(_, gpadl)| matches!(gpadl.state, GpadlState::Releasing { .. }))
+            .filter(|(_, gpadl)| channels.contains(&gpadl.channel))
+            .map(|(handle, _)| handle)
+            .collect();
+        // Channels first: a ring that waits for its channel is released after it.
+        for channel in channels {
+            let state = self.channels.get(channel).map(|entry| entry.state);
+            if let Some(ChannelState::Closing { .. }) = state {
+                self.server_closed(channel);
+            }
+        }
+        for gpadl in releasing {
+            self.gpadl_released(gpadl);
+        }
+    }
+
+    /// The server touches the rings of the closing channel no more.
+    fn server_closed(&mut self, channel: ChannelId) {
+        let Some(entry) = self.channels.get_mut(channel) else {
+            return;
+        };
+        let ChannelState::Closing { deadline, reopen, .. } = entry.state else {
+            return;
+        };
+        let device = entry.device;
+        entry.state = reopen.map_or(ChannelState::Closed, ChannelState::Open);
+        if let Some(deadline) = deadline {
+            self.clear_deadline(deadline);
+        }
+        self.tell_open(device, channel);
+        self.forget_if_released(channel);
+    }
+
+    /// The server touches these pages no more.
+    pub(super) fn gpadl_released(&mut self, gpadl: u32) {
+        let Some(entry) = self.gpadls.remove(gpadl) else {
+            return;
+        };
+        if let GpadlState::Releasing { deadline, answer } = entry.state {
+            if let Some(deadline) = deadline {
+                self.clear_deadline(deadline);
+            }
+            if answer {
+                self.post_torndown(gpadl);
+            }
+        }
+        self.forget_if_released(entry.channel);
+    }
+
+    /// Forgets a channel that the guest gave back, once nobody touches anything of it.
+    pub(super) fn forget_if_released(&mut self, channel: ChannelId) {
+        let Some(entry) = self.channels.get(channel) else {
+            return;
+        };
+        let over = entry.standing == Standing::Released && entry.state == ChannelState::Closed;
+        if over && self.gpadls.of_channel(channel).is_empty() {
+            let device = entry.device;
+            self.channels.remove(channel);
+            self.offer_sub_channels(device);
+        }
+    }
+
+    /// Answers what ended the connection, when the last server has let go.
+    pub(super) fn settle_unload(&mut self) {
+        let Connection::Unloading { then } = self.connection else {
+            return;
+        };
+        if self
+            .devices
+            .values()
+            .any(|entry| Self::holds_up_unload(&entry.server))
+        {
+            return;
+        }
+        self.finish_unload(then);
+    }
+}

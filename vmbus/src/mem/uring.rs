@@ -17,7 +17,7 @@ use super::{Access, GuestSpans, HostError, SharedMap, sealed_memfd};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,8 +112,6 @@ pub struct Uring {
     in_flight: usize,
     /// Eight bytes for each slot: where reads of eventfds go.
     counters: Arc<SharedMap>,
-    /// Keeps registered files open: not needed by the kernel, but makes "registered" and "owned" the same.
-    files: Vec<OwnedFd>,
     not_send: PhantomData<*mut ()>,
 }
 
@@ -130,7 +128,6 @@ impl Uring {
             free: (0..capacity).rev().collect(),
             in_flight: 0,
             counters,
-            files: Vec::new(),
             not_send: PhantomData,
         })
     }
@@ -156,8 +153,8 @@ impl Uring {
         let mut error = HostError::new("make an io_uring", Errno::EINVAL);
         for attempt in attempts {
             let mut builder = IoUring::builder();
-            // Twice the slots: a multishot poll may complete several times between two looks.
-            builder.dontfork().setup_cqsize(capacity.saturating_mul(2));
+            // Four times the slots: a multishot poll may complete several times between two looks.
+            builder.dontfork().setup_cqsize(capacity.saturating_mul(4));
             attempt(&mut builder);
             match builder.build(capacity) {
                 Ok(ring) => return Ok(ring),
@@ -180,15 +177,16 @@ impl Uring {
         self.free.len()
     }
 
-    /// Registers files once; operations name them by index in the order given.
-    pub fn register_files(&mut self, files: Vec<OwnedFd>) -> Result<(), HostError> {
+    /// Registers files once; operations may name them by index in the order given.
+    ///
+    /// The kernel's table holds each file until the last operation of this ring is over, even after the process is dead:
+    /// whoever can see when the file is released (a lease, a lock) knows then that no I/O of ours is left.
+    pub fn register_files(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), HostError> {
         let raw: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
         self.ring
             .submitter()
             .register_files(&raw)
-            .map_err(|error| HostError::from_io("register files with io_uring", &error))?;
-        self.files = files;
-        Ok(())
+            .map_err(|error| HostError::from_io("register files with io_uring", &error))
     }
 
     /// Queues a read at `file_offset` of the file into the spans (`u64::MAX` or 0 for pipes and sockets, as in `preadv2(2)`).

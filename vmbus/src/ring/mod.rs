@@ -46,7 +46,13 @@
 #![forbid(unsafe_code)]
 
 mod area;
+#[cfg(all(test, not(loom)))]
+mod hostile;
+#[cfg(all(test, loom))]
+mod loom;
 mod memory;
+#[cfg(all(test, not(loom)))]
+mod model;
 mod reader;
 mod signal;
 mod writer;

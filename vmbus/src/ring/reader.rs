@@ -1,7 +1,7 @@
 //! The reading end of a ring.
 
 use super::area::RingArea;
-use super::memory::{RingMemory, full_fence};
+use super::memory::{Fence, RingMemory, full_fence};
 use super::signal::{self, Signal};
 use super::{ControlWord, RingFault, advance, check_index, used_bytes};
 use crate::wire::{DESCRIPTOR_BYTES, Packet, PacketDescriptor, TRAILER_BYTES};
@@ -57,6 +57,11 @@ impl RingReader {
         })
     }
 
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn memory(&self) -> &RingMemory {
+        &self.memory
+    }
+
     /// Stores the words that belong to the reader: its read index, and an interrupt mask of 0. To be done at open and at
     /// takeover: a dead predecessor may have left the mask set, and then nobody would ever signal. Look at the ring
     /// afterwards, whether or not a kick came.
@@ -66,7 +71,7 @@ impl RingReader {
             .store(ControlWord::ReadIndex, self.committed, Ordering::Release);
         self.memory
             .store(ControlWord::InterruptMask, 0, Ordering::Relaxed);
-        full_fence();
+        full_fence(Fence::BeforeSleep);
         self.write = self.staged;
     }
 
@@ -149,7 +154,7 @@ impl RingReader {
         // `RingWriter::refresh`.
         self.memory
             .store(ControlWord::ReadIndex, self.committed, Ordering::Release);
-        full_fence();
+        full_fence(Fence::AfterGivingSpace);
         // Ordering: acquire, so that the write index below is at least as new as the wish.
         let pending = self.memory.load(ControlWord::PendingSendBytes, Ordering::Acquire);
         if pending == 0 {
@@ -182,7 +187,7 @@ impl RingReader {
         // Ordering: the fence between this store and the load in `look` is the reader's half of the wake-up protocol.
         self.memory
             .store(ControlWord::InterruptMask, 0, Ordering::Relaxed);
-        full_fence();
+        full_fence(Fence::BeforeSleep);
         self.look()?;
         Ok(self.write != self.staged)
     }

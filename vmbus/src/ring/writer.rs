@@ -1,7 +1,7 @@
 //! The writing end of a ring.
 
 use super::area::RingArea;
-use super::memory::{RingMemory, full_fence};
+use super::memory::{Fence, RingMemory, full_fence};
 use super::signal::{self, Signal};
 use super::{ControlWord, RingFault, advance, check_index, free_bytes};
 use crate::wire::{DESCRIPTOR_BYTES, OutPacket, TRAILER_BYTES};
@@ -56,6 +56,11 @@ impl RingWriter {
         })
     }
 
+    #[cfg(all(test, not(loom)))]
+    pub(super) fn memory(&self) -> &RingMemory {
+        &self.memory
+    }
+
     /// Stores the words that belong to the writer: its write index, and no wish for space. To be done at open and at
     /// takeover.
     pub fn claim_words(&mut self) {
@@ -64,7 +69,7 @@ impl RingWriter {
             .store(ControlWord::WriteIndex, self.committed, Ordering::Release);
         self.memory
             .store(ControlWord::PendingSendBytes, 0, Ordering::Relaxed);
-        full_fence();
+        full_fence(Fence::AfterSpaceWish);
     }
 
     /// Bytes free after everything staged, by a fresh look at the reader's index. A packet fits if this is *more* than
@@ -169,7 +174,7 @@ impl RingWriter {
         self.memory
             .store(ControlWord::WriteIndex, self.committed, Ordering::Release);
         // Ordering: the writer's half of the wake-up protocol; the other half is `RingReader::unmask_and_check`.
-        full_fence();
+        full_fence(Fence::AfterPublish);
         let interrupt_mask = self.memory.load(ControlWord::InterruptMask, Ordering::Relaxed);
         if interrupt_mask != 0 {
             return Ok(Signal::NotNeeded);
@@ -185,7 +190,7 @@ impl RingWriter {
         // flow-control protocol; the other half is `RingReader::commit`.
         self.memory
             .store(ControlWord::PendingSendBytes, bytes, Ordering::Release);
-        full_fence();
+        full_fence(Fence::AfterSpaceWish);
     }
 
     /// Waits for room for `needed` bytes (see [`RingWriter::needed_bytes`]) in the right order: says so, then looks

@@ -100,7 +100,7 @@ proptest! {
             }
             let _ = reader.commit();
             prop_assert_eq!(reader.committed_index(), reader.staged_index());
-            prop_assert!(reader.committed_index() < 4096 && reader.committed_index() % 8 == 0);
+            prop_assert!(reader.committed_index() < 4096 && reader.committed_index().is_multiple_of(8));
             if reader.unmask_and_check().is_err() {
                 reader.mask_interrupts();
             }
@@ -129,7 +129,7 @@ proptest! {
             let _ = writer.commit();
             prop_assert_eq!(writer.committed_index(), writer.staged_index());
             let _ = writer.request_space(needed);
-            prop_assert!(writer.committed_index() < 4096 && writer.committed_index() % 8 == 0);
+            prop_assert!(writer.committed_index() < 4096 && writer.committed_index().is_multiple_of(8));
         }
     }
 

@@ -9,9 +9,9 @@
 use super::memory::{Fence, RingMemory, leave_out};
 use super::{RingReader, RingWriter};
 use crate::wire::OutPacket;
-use loom::sync::{Arc, Notify};
+use loom::sync::Notify;
 use loom::thread;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// Models run one at a time: which fence is left out is one global word.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

@@ -139,8 +139,8 @@ mod modelled {
     use super::Fence;
     use crate::ring::area::RingArea;
     use crate::ring::{ControlWord, RingFault};
-    use loom::sync::Arc;
     use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+    use std::sync::Arc;
     use std::sync::Mutex;
 
     /// A ring in the model checker's memory. Clones are the same ring.

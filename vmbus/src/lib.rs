@@ -10,4 +10,5 @@ pub mod journal;
 #[expect(unsafe_code)]
 pub mod mem;
 pub mod ring;
+pub mod vsc;
 pub mod wire;

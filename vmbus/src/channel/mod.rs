@@ -50,6 +50,7 @@ mod token;
 
 pub use crate::journal::MAX_CHANNELS;
 pub use endpoint::{Endpoint, EndpointCounters};
+pub(crate) use interrupt::flag_offset;
 pub use port::{MAX_GPADL_PAGES, MAX_GPADLS, MAX_VPS, Port, PortError, PortEvent};
 pub use token::{HeldToken, NotTaken, Recovered, RecoveredHeld, RecoveredRequest, Token};
 

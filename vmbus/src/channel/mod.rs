@@ -43,6 +43,8 @@
 //! `bulkhead-vcpu` has validated before.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod crash_tests;
 mod endpoint;
 mod interrupt;
 mod port;

@@ -30,6 +30,8 @@
 //! can copy, slice and hand spans to [`Uring`], but never learns an address. An implementation in which a filter does the
 //! copying (grants) replaces what is behind these two types, not the code that uses them.
 
+#[cfg(test)]
+pub(crate) mod crash_point;
 mod fdio;
 mod gpa;
 mod paged;

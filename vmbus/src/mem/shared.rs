@@ -146,6 +146,8 @@ impl SharedMap {
     #[inline]
     fn assert_writable(&self) {
         assert!(self.access == Access::ReadWrite, "store through a read-only map");
+        #[cfg(test)]
+        super::crash_point::before_store();
     }
 
     /// Copies `out.len()` bytes at `offset` into private memory.

@@ -1,0 +1,336 @@
+//! Kills a server before every single store to shared memory, lets a successor take over, and checks what the guest sees.
+//!
+//! The guest's requests, with a byte each:
+//! - `ECHO`: wants a completion with the same payload;
+//! - `NOTE`: wants no answer;
+//! - `PUSH`: wants a held packet from the server, then a completion.
+//!
+//! What must hold, wherever the server dies: each request is completed exactly once and with its own payload; the
+//! server's held packets are those which the guest has received and not answered.
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use crate::channel::{Endpoint, HeldToken, NotTaken, Port, PortEvent, Token};
+use crate::mem::crash_point::kill_after;
+use crate::ring::PacketBuf;
+use crate::vsc::{ChannelOptions, GuestChannel, GuestOptions, PlayedSupervisor, SyntheticGuest};
+use crate::wire::{OutPacket, PacketKind};
+
+const ECHO: u8 = 1;
+const NOTE: u8 = 2;
+const PUSH: u8 = 3;
+
+/// Longer than any test takes; nothing here waits in earnest, since all runs in one thread.
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// A device that echoes. Dies with everything it knows.
+struct Server {
+    port: Port,
+    endpoint: Option<Box<Endpoint>>,
+    work: Vec<(Token, Vec<u8>)>,
+    held: BTreeMap<u64, HeldToken>,
+    next_push: u64,
+    buf: PacketBuf,
+}
+
+impl Server {
+    fn new(socket: OwnedFd, journal: OwnedFd, generation: u32) -> Self {
+        let port = Port::new(socket, journal, generation).expect("a port");
+        // Numbers of pushes do not repeat over generations.
+        let next_push = u64::from(generation) * 1000;
+        Self {
+            port,
+            endpoint: None,
+            work: Vec::new(),
+            held: BTreeMap::new(),
+            next_push,
+            buf: PacketBuf::new(),
+        }
+    }
+
+    fn run_until_idle(&mut self) {
+        for event in self.port.on_readable().expect("vcpu behaves") {
+            match event {
+                PortEvent::ChannelOpened(endpoint, recovered) => {
+                    self.endpoint = Some(endpoint);
+                    for request in recovered.requests {
+                        assert_eq!(request.token.kind(), request.payload[0]);
+                        self.work.push((request.token, request.payload));
+                    }
+                    for held in recovered.held {
+                        self.held.insert(held.token.transaction_id(), held.token);
+                    }
+                }
+                PortEvent::Attached | PortEvent::GpadlAdded { .. } => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        let Some(endpoint) = &mut self.endpoint else {
+            return;
+        };
+        loop {
+            while endpoint.can_answer(64)
+                && let Some(packet) = endpoint.receive(&mut self.buf).expect("the guest behaves")
+            {
+                if packet.kind == PacketKind::COMPLETION {
+                    let held = self
+                        .held
+                        .remove(&packet.transaction_id)
+                        .expect("the guest answers what it got");
+                    endpoint.release(held).expect("the guest behaves");
+                } else if packet.payload[0] == NOTE {
+                    endpoint.consume();
+                } else {
+                    match endpoint.take(packet.payload[0], packet.transaction_id, &[packet.payload]) {
+                        Ok(token) => self.work.push((token, packet.payload.to_vec())),
+                        Err(NotTaken::NoFreeSlot) => {
+                            endpoint.put_back();
+                            break;
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+            // Two at a time, the last one first, so that answers come out of order and in several publications.
+            endpoint.commit_taken().expect("the guest behaves");
+            for _ in 0..2 {
+                let Some((token, payload)) = self.work.pop() else {
+                    break;
+                };
+                if payload[0] == PUSH {
+                    self.next_push += 1;
+                    let id = self.next_push;
+                    let packet = OutPacket::in_band(id, true, &[b"push"]);
+                    let held = endpoint
+                        .send_held(&packet, PUSH, &[&id.to_le_bytes()])
+                        .expect("room");
+                    self.held.insert(id, held);
+                }
+                endpoint.complete(token, &payload).expect("the guest behaves");
+            }
+            if !endpoint.prepare_sleep().expect("the guest behaves") && self.work.is_empty() {
+                break;
+            }
+        }
+        endpoint.drain_kick().expect("a kick");
+    }
+}
+
+/// The guest, its books, and the present server.
+struct Scene {
+    guest: SyntheticGuest,
+    channel: GuestChannel,
+    journal: OwnedFd,
+    server: Option<Server>,
+    generation: u32,
+    /// Payloads of requests that wait for a completion.
+    waiting: BTreeMap<u64, Vec<u8>>,
+    /// Held packets that were received and not answered.
+    received_held: BTreeSet<u64>,
+}
+
+impl Scene {
+    fn new(ring_pages: u32) -> Self {
+        let mut guest = SyntheticGuest::new(GuestOptions {
+            ram_bytes: 1 << 20,
+            vp_count: 1,
+        })
+        .expect("a guest");
+        let channel = guest.open_channel(ChannelOptions {
+            ring_pages,
+            ..ChannelOptions::default()
+        });
+        Self {
+            guest,
+            channel: channel.expect("a channel"),
+            journal: PlayedSupervisor::new_journal().expect("a journal"),
+            server: None,
+            generation: 0,
+            waiting: BTreeMap::new(),
+            received_held: BTreeSet::new(),
+        }
+    }
+
+    /// Lets the server, or a new one, run until it would sleep, or until it has done `stores` stores.
+    fn run_server(&mut self, stores: u64) -> bool {
+        if self.server.is_none() {
+            self.generation += 1;
+            let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
+            let journal = self.journal.try_clone().expect("a journal");
+            let generation = self.generation;
+            let Some(server) = kill_after(stores, move || Server::new(theirs, journal, generation)) else {
+                return false;
+            };
+            self.server = Some(server);
+            assert_eq!(
+                self.guest.attach(ours, deadline()).expect("attach"),
+                self.generation
+            );
+        }
+        let mut server = self.server.take().expect("a server");
+        self.server = kill_after(stores, move || {
+            server.run_until_idle();
+            server
+        });
+        if self.server.is_none() {
+            self.guest.server_gone();
+        }
+        self.server.is_some()
+    }
+
+    fn request(&mut self, operation: u8, length: usize) {
+        let id = self.channel.new_transaction_id();
+        let mut payload = vec![id as u8; length];
+        payload[0] = operation;
+        self.channel
+            .send_in_band(id, operation != NOTE, &[&payload])
+            .expect("room");
+        if operation != NOTE {
+            self.waiting.insert(id, payload);
+        }
+    }
+
+    fn collect(&mut self) {
+        let mut buf = PacketBuf::new();
+        while let Some(packet) = self.channel.receive(&mut buf).expect("the server behaves") {
+            if packet.kind == PacketKind::COMPLETION {
+                let payload = self.waiting.remove(&packet.transaction_id);
+                let payload = payload.expect("a request is completed once");
+                assert_eq!(packet.payload, payload, "transaction {}", packet.transaction_id);
+            } else {
+                assert!(
+                    self.received_held.insert(packet.transaction_id),
+                    "a held packet comes once"
+                );
+            }
+        }
+        self.channel.give_back().expect("the server behaves");
+    }
+
+    /// Answers the oldest held packet.
+    fn answer_one(&mut self) {
+        if let Some(id) = self.received_held.pop_first() {
+            self.channel.complete(id, &[b"thanks!!"]).expect("room");
+        }
+    }
+
+    /// The script. The server runs in between; `kills` says after how many stores each of its processes dies.
+    fn play(&mut self, kills: &[u64]) -> usize {
+        let mut kills = kills.iter().copied();
+        let mut budget = kills.next();
+        let mut killed = 0;
+        let mut run = |scene: &mut Scene, budget: &mut Option<u64>| {
+            // A budget is of one process; what it does in this run is not counted against later runs.
+            while !scene.run_server(budget.unwrap_or(u64::MAX)) {
+                killed += 1;
+                *budget = kills.next();
+                // The guest goes on: it reads what is visible, and answers.
+                scene.collect();
+                if killed % 2 == 0 {
+                    scene.answer_one();
+                    scene.channel.flush().expect("the server behaves");
+                }
+            }
+        };
+        for round in 0..2 {
+            self.request(ECHO, 24);
+            self.request(PUSH, 16);
+            self.request(NOTE, 8);
+            self.request(ECHO, 200);
+            self.channel.flush().expect("the server behaves");
+            run(self, &mut budget);
+            self.collect();
+            self.answer_one();
+            self.request(ECHO, 8 + 8 * round);
+            self.request(PUSH, 32);
+            self.channel.flush().expect("the server behaves");
+            run(self, &mut budget);
+            self.collect();
+        }
+        assert_eq!(self.waiting, BTreeMap::new(), "every request is completed");
+        // One more life: whatever it recovers is what the guest holds.
+        self.guest.server_gone();
+        let last = self.server.take().expect("a server");
+        let known: BTreeSet<u64> = last.held.keys().copied().collect();
+        drop(last);
+        assert_eq!(known, self.received_held);
+        run(self, &mut None);
+        let last = self.server.as_ref().expect("a server");
+        assert_eq!(
+            last.held.keys().copied().collect::<BTreeSet<_>>(),
+            self.received_held
+        );
+        assert!(last.work.is_empty());
+        self.collect();
+        killed
+    }
+}
+
+#[test]
+fn without_a_crash_every_request_is_completed_once() {
+    assert_eq!(Scene::new(2).play(&[]), 0);
+}
+
+#[test]
+fn a_kill_before_any_store_loses_and_repeats_nothing() {
+    let mut points = 0;
+    for stores in 0.. {
+        if Scene::new(2).play(&[stores]) == 0 {
+            points = stores;
+            break;
+        }
+    }
+    // Attach, open and the longest of the four runs.
+    assert!(points > 60, "only {points} stores were seen");
+}
+
+#[test]
+fn a_successor_may_be_killed_before_any_store_of_its_recovery() {
+    for first in 0.. {
+        for second in 0..100 {
+            if Scene::new(2).play(&[first, second]) == 0 {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_kills_in_a_row_lose_and_repeat_nothing() {
+    for seed in 0..200u64 {
+        let kills: Vec<u64> = (0..10).map(|turn| (seed * 7 + turn * 13) % 61).collect();
+        Scene::new(2).play(&kills);
+    }
+}
+
+#[test]
+fn a_guest_that_moves_our_write_index_loses_its_channel() {
+    let mut scene = Scene::new(2);
+    scene.request(ECHO, 24);
+    scene.channel.flush().expect("flush");
+    assert!(scene.run_server(u64::MAX));
+    scene.server = None;
+    scene.guest.server_gone();
+    // 0x18: a plausible index that was never ours. The GPADL's second half begins with the control page.
+    let gpadl_area = scene.channel.to_guest().clone();
+    let area = crate::ring::RingWriter::new(gpadl_area, 0x18).map(|mut writer| writer.claim_words());
+    assert_eq!(area, Ok(()));
+    assert!(scene.run_server(u64::MAX));
+    let why = scene
+        .guest
+        .wait_broken(&scene.channel, deadline())
+        .expect("the server reports it");
+    assert!(why.contains("write index"), "{why}");
+    assert!(
+        scene
+            .server
+            .as_ref()
+            .is_some_and(|server| server.endpoint.is_none())
+    );
+    assert!(scene.journal.as_fd().try_clone_to_owned().is_ok());
+}

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -90,15 +90,22 @@ fn run(starter: Starter, words: &[&str]) -> Seen {
     Seen::parse(&String::from_utf8_lossy(&output.stdout))
 }
 
+/// Past the harness's capture, in the form that `cargo xtask test` counts.
 fn skip(reason: &str) {
-    println!("SKIP: {reason}");
+    let thread = std::thread::current();
+    let line = format!("\nSKIP {}: {reason}\n", thread.name().unwrap_or("a test"));
+    std::io::stderr()
+        .write_all(line.as_bytes())
+        .expect("standard error is open");
 }
 
+/// Root tries both paths. A normal user can try its own only: half of a test is not a skipped test, so this says
+/// so in other words.
 fn starters() -> Vec<Starter> {
     if geteuid().is_root() {
         return vec![Starter::Root, Starter::Nobody];
     }
-    skip("not run by root: only the path of a normal user is tried");
+    println!("not run by root: only the path of a normal user is tried");
     vec![Starter::Caller]
 }
 

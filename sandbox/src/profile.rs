@@ -265,6 +265,7 @@ const VCPU: &[Rule] = &[
     allow("memfd_create", c::SYS_memfd_create, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
     allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
     allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs"),
+    allow("mincore", c::SYS_mincore, ANY, "vmm-core/src/kvm/memory.rs is_resident"),
     allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
     allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
     allow("pread64", c::SYS_pread64, ANY, "vmbus/src/mem/shared.rs"),

@@ -5,7 +5,7 @@
 //! debugging, memory encryption, dirty rings, and everything of other architectures.
 
 /// The hottest first: the filter compares in this order.
-pub(super) const REQUESTS: [u32; 58] = [
+pub(super) const REQUESTS: [u32; 59] = [
     0xae80,      // KVM_RUN
     0x8090_ae81, // KVM_GET_REGS
     0x4090_ae82, // KVM_SET_REGS
@@ -59,6 +59,7 @@ pub(super) const REQUESTS: [u32; 58] = [
     0x4008_ae48, // KVM_SET_IDENTITY_MAP_ADDR
     0x4018_aee1, // KVM_SET_DEVICE_ATTR (a vCPU's TSC offset)
     0x4018_aee3, // KVM_HAS_DEVICE_ATTR
+    0xae00,      // KVM_GET_API_VERSION
     0xae01,      // KVM_CREATE_VM
     0xae03,      // KVM_CHECK_EXTENSION
     0xae04,      // KVM_GET_VCPU_MMAP_SIZE

@@ -63,7 +63,7 @@ pub enum When {
 pub fn vcpu() -> Profile {
     Profile {
         name: "bulkhead-vcpu",
-        syscalls: [RUNTIME, MEMORY, THREADS, SOCKETS, EVENTS, VCPU].concat(),
+        syscalls: [RUNTIME, MEMORY, THREADS, SOCKETS, EPOLL, VCPU].concat(),
         // Limit: 64 vCPUs with 65 channels each, two eventfds a channel, would be 8,320; the rest is slack.
         limits: Limits {
             open_files: 16384,
@@ -76,7 +76,7 @@ pub fn vcpu() -> Profile {
 pub fn block() -> Profile {
     Profile {
         name: "bulkhead-block",
-        syscalls: [RUNTIME, MEMORY, SOCKETS, EVENTS, BLOCK].concat(),
+        syscalls: [RUNTIME, MEMORY, SOCKETS, BLOCK].concat(),
         // Limit: threads are io_uring's workers: by default min(queue entries, 4 x CPUs) bounded ones, and as
         // many unbounded ones as this limit lets it have (Linux 6.1 io_uring/io-wq.c io_wq_create).
         limits: Limits {
@@ -90,7 +90,7 @@ pub fn block() -> Profile {
 pub fn net() -> Profile {
     Profile {
         name: "bulkhead-net",
-        syscalls: [RUNTIME, MEMORY, SOCKETS, EVENTS, NET].concat(),
+        syscalls: [RUNTIME, MEMORY, SOCKETS, EPOLL, NET].concat(),
         // Limit: one thread, and none to be made.
         limits: Limits {
             open_files: 2048,
@@ -187,11 +187,11 @@ const IOCTL_ANY_PROGRAM: &[When] = &[When::OneOf {
 #[rustfmt::skip] // a table: one entry a line
 const MEMORY: &[Rule] = &[
     allow("brk", c::SYS_brk, ANY, "runtime: malloc"),
-    allow("mmap", c::SYS_mmap, &[NOT_EXECUTABLE], "runtime: malloc, thread stacks; vmbus/src/mem/map.rs map"),
+    allow("mmap", c::SYS_mmap, &[NOT_EXECUTABLE], "runtime: malloc, thread stacks; vmbus/src/mem/shared.rs map"),
     allow("mprotect", c::SYS_mprotect, &[NOT_EXECUTABLE], "runtime: malloc, guard pages of thread stacks"),
-    allow("munmap", c::SYS_munmap, ANY, "runtime: free; vmbus/src/mem/map.rs drop"),
+    allow("munmap", c::SYS_munmap, ANY, "runtime: free; vmbus/src/mem/shared.rs drop"),
     allow("mremap", c::SYS_mremap, ANY, "runtime: realloc of large blocks"),
-    allow("madvise", c::SYS_madvise, ANY, "runtime: free of thread stacks; vmm-core/src/kvm/memory.rs"),
+    allow("madvise", c::SYS_madvise, ANY, "runtime: free of thread stacks; vmm-core/src/kvm/memory.rs advise"),
 ];
 
 const NOT_EXECUTABLE: When = When::Bits {
@@ -232,44 +232,37 @@ const THREAD_ONLY: When = When::Bits {
     equal: SAME_PROCESS,
 };
 
-/// Messages on the inherited sockets. There is no call here that makes a socket or gives it a peer; `sendto` must
-/// not name one.
+/// Messages on the inherited sockets. There is no call here that makes a socket or gives it a peer.
 #[rustfmt::skip] // a table: one entry a line
 const SOCKETS: &[Rule] = &[
     allow("recvmsg", c::SYS_recvmsg, ANY, "vmbus/src/ipc/socket.rs recv"),
     allow("sendmsg", c::SYS_sendmsg, ANY, "vmbus/src/ipc/socket.rs send"),
-    allow("recvfrom", c::SYS_recvfrom, ANY, "runtime: UnixStream::read"),
-    allow("sendto", c::SYS_sendto, &[When::Null { argument: 4 }], "runtime: UnixStream::write"),
-    allow("getsockopt", c::SYS_getsockopt, ANY, "vmbus/src/ipc/socket.rs new"),
-    allow("shutdown", c::SYS_shutdown, ANY, "runtime: UnixStream::shutdown"),
+    allow("poll", c::SYS_poll, ANY, "vmbus/src/ipc/server_start.rs wait_readable"),
+    allow("ppoll", c::SYS_ppoll, ANY, "vmbus/src/ipc/server_start.rs wait_readable"),
 ];
 
-/// Waiting.
+/// Waiting for many descriptors, where that is not io_uring's work.
 #[rustfmt::skip] // a table: one entry a line
-const EVENTS: &[Rule] = &[
-    allow("poll", c::SYS_poll, ANY, "runtime: nix::poll"),
-    allow("ppoll", c::SYS_ppoll, ANY, "runtime: nix::poll"),
-    allow("epoll_create1", c::SYS_epoll_create1, ANY, "runtime: nix::sys::epoll"),
-    allow("epoll_ctl", c::SYS_epoll_ctl, ANY, "runtime: nix::sys::epoll"),
-    allow("epoll_wait", c::SYS_epoll_wait, ANY, "runtime: nix::sys::epoll"),
-    allow("epoll_pwait", c::SYS_epoll_pwait, ANY, "runtime: nix::sys::epoll"),
-    allow("eventfd2", c::SYS_eventfd2, ANY, "runtime: nix::sys::eventfd"),
-    allow("timerfd_create", c::SYS_timerfd_create, ANY, "runtime: nix::sys::timerfd"),
-    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "runtime: nix::sys::timerfd"),
-    allow("timerfd_gettime", c::SYS_timerfd_gettime, ANY, "runtime: nix::sys::timerfd"),
+const EPOLL: &[Rule] = &[
+    allow("epoll_create1", c::SYS_epoll_create1, ANY, "runtime: nix Epoll::new"),
+    allow("epoll_ctl", c::SYS_epoll_ctl, ANY, "runtime: nix Epoll::add, modify, delete"),
+    allow("epoll_wait", c::SYS_epoll_wait, ANY, "runtime: nix Epoll::wait"),
+    allow("epoll_pwait", c::SYS_epoll_pwait, ANY, "runtime: nix Epoll::wait by way of newer glibc"),
 ];
 
 #[rustfmt::skip] // a table: one entry a line
 const VCPU: &[Rule] = &[
     allow("ioctl", c::SYS_ioctl, KVM_REQUESTS, "vmm-core/src/kvm/vcpu.rs run"),
-    allow("memfd_create", c::SYS_memfd_create, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
-    allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/map.rs sealed_memfd"),
-    allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs"),
+    allow("eventfd2", c::SYS_eventfd2, ANY, "vmm-core/src/kvm/event.rs new"),
+    allow("timerfd_create", c::SYS_timerfd_create, ANY, "vmm-core/src/run/timers.rs new"),
+    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "vmm-core/src/run/timers.rs arm"),
+    allow("memfd_create", c::SYS_memfd_create, ANY, "vmbus/src/mem/shared.rs sealed_memfd"),
+    allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/shared.rs sealed_memfd"),
+    allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs wipe"),
     allow("mincore", c::SYS_mincore, ANY, "vmm-core/src/kvm/memory.rs is_resident"),
-    allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
-    allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
-    allow("pread64", c::SYS_pread64, ANY, "vmbus/src/mem/shared.rs"),
-    allow("lseek", c::SYS_lseek, ANY, "runtime: File::seek on the kernel image"),
+    // The kernel image and the initrd, which the machine loads again at each reset.
+    allow("pread64", c::SYS_pread64, ANY, "runtime: FileExt::read_at"),
+    allow("lseek", c::SYS_lseek, ANY, "runtime: File::seek"),
 ];
 
 const KVM_REQUESTS: &[When] = &[When::OneOf {
@@ -277,44 +270,23 @@ const KVM_REQUESTS: &[When] = &[When::OneOf {
     values: &kvm::REQUESTS,
 }];
 
+/// Reads, writes and flushes of a disk in a file are operations of the io_uring, which was set up before.
 #[rustfmt::skip] // a table: one entry a line
 const BLOCK: &[Rule] = &[
     allow("io_uring_enter", c::SYS_io_uring_enter, ANY, "vmbus/src/mem/uring.rs submit"),
-    allow("preadv", c::SYS_preadv, ANY, "vmbus/src/mem/shared.rs"),
-    allow("pwritev", c::SYS_pwritev, ANY, "vmbus/src/mem/shared.rs"),
-    allow("pread64", c::SYS_pread64, ANY, "vmbus/src/mem/shared.rs"),
-    allow("pwrite64", c::SYS_pwrite64, ANY, "vmbus/src/mem/shared.rs"),
-    allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
-    allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
-    allow("fallocate", c::SYS_fallocate, ANY, "device-block/src/backend/file.rs"),
-    allow("fdatasync", c::SYS_fdatasync, ANY, "device-block/src/backend/file.rs"),
-    allow("fsync", c::SYS_fsync, ANY, "device-block/src/backend/file.rs"),
-    allow("lseek", c::SYS_lseek, ANY, "device-block/src/backend/file.rs"),
-    allow("flock", c::SYS_flock, ANY, "device-block/src/backend/fence.rs"),
-    allow("ioctl", c::SYS_ioctl, BLOCK_REQUESTS, "device-block/src/backend/file.rs"),
+    allow("preadv", c::SYS_preadv, ANY, "vmbus/src/mem/fdio.rs preadv"),
+    allow("pwritev", c::SYS_pwritev, ANY, "vmbus/src/mem/fdio.rs pwritev"),
+    allow("fallocate", c::SYS_fallocate, ANY, "device-block/src/backend/memory.rs begin"),
+    allow("flock", c::SYS_flock, ANY, "device-block/src/backend/fence.rs lock"),
 ];
-
-/// linux/fs.h: what a block device is asked for its size and blocks, and told to forget.
-const BLOCK_REQUESTS: &[When] = &[When::OneOf {
-    argument: 1,
-    values: &[
-        0x8008_1272, // BLKGETSIZE64
-        0x1268,      // BLKSSZGET
-        0x127b,      // BLKPBSZGET
-        0x125e,      // BLKROGET
-        0x1278,      // BLKIOMIN
-        0x1279,      // BLKIOOPT
-        0x1277,      // BLKDISCARD
-        0x127f,      // BLKZEROOUT
-    ],
-}];
 
 #[rustfmt::skip] // a table: one entry a line
 const NET: &[Rule] = &[
-    allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/shared.rs"),
-    allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/shared.rs"),
-    allow("recvmmsg", c::SYS_recvmmsg, ANY, "device-net/src/backend"),
-    allow("sendmmsg", c::SYS_sendmmsg, ANY, "device-net/src/backend"),
+    allow("readv", c::SYS_readv, ANY, "vmbus/src/mem/fdio.rs readv"),
+    allow("writev", c::SYS_writev, ANY, "vmbus/src/mem/fdio.rs writev"),
+    allow("recvfrom", c::SYS_recvfrom, ANY, "runtime: nix recv from the stream of passt"),
+    // A null address: the stream is connected, and stays so.
+    allow("sendto", c::SYS_sendto, &[When::Null { argument: 4 }], "runtime: nix send to the stream of passt"),
 ];
 
 #[cfg(test)]

@@ -182,8 +182,8 @@ fn a_child_starts_with_clean_signals_a_session_of_its_own_and_the_given_environm
 fn what_a_program_needs_still_works() {
     for starter in starters() {
         for program in PROGRAMS {
-            let seen = run(starter, &[program, "heap", "clock", "eventfd", "log"]);
-            for deed in ["heap", "clock", "eventfd", "log"] {
+            let seen = run(starter, &[program, "heap", "clock", "poll", "log"]);
+            for deed in ["heap", "clock", "poll", "log"] {
                 seen.is(&format!("deed.{deed}"), "ok");
             }
             seen.is("cause", "Exited(0)");
@@ -236,10 +236,11 @@ fn a_call_by_its_x32_number_kills() {
 }
 
 #[test]
-fn only_the_vcpu_process_may_start_a_thread_after_the_lock_in() {
+fn only_the_vcpu_process_may_make_threads_and_eventfds_after_the_lock_in() {
     for starter in starters() {
-        let seen = run(starter, &["vcpu", "thread", "clone3", "thread"]);
+        let seen = run(starter, &["vcpu", "thread", "clone3", "eventfd", "thread"]);
         seen.is("deed.thread", "ok");
+        seen.is("deed.eventfd", "ok");
         seen.is("deed.clone3", "ENOSYS");
         seen.is("cause", "Exited(0)");
         for program in ["block", "net"] {

@@ -1,9 +1,10 @@
 //! The child: locks itself in, reports, waits for leave, does its deeds.
 
 use std::fs;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
 use sandbox::Options;
 
 use crate::{deeds, profile};
@@ -57,8 +58,13 @@ pub fn run(options: &str, profile_name: &str, deeds: &[&str]) -> i32 {
     }
     tell(&control, "ready=");
     let mut leave = [0; 16];
-    let received = recv(control.as_raw_fd(), &mut leave, MsgFlags::empty());
-    assert_eq!(received, Ok(2), "the supervisor says go");
+    let mut buffers = [IoSliceMut::new(&mut leave)];
+    let received = recvmsg::<()>(control.as_raw_fd(), &mut buffers, None, MsgFlags::empty());
+    assert_eq!(
+        received.map(|message| message.bytes),
+        Ok(2),
+        "the supervisor says go"
+    );
     for deed in deeds {
         let outcome = match deeds::perform(deed) {
             Ok(()) => "ok".to_owned(),
@@ -89,7 +95,9 @@ pub fn run_alone(profile_name: &str) -> i32 {
 }
 
 fn tell(control: &OwnedFd, line: &str) {
-    send(control.as_raw_fd(), line.as_bytes(), MsgFlags::empty()).expect("the supervisor listens");
+    let buffers = [IoSlice::new(line.as_bytes())];
+    sendmsg::<()>(control.as_raw_fd(), &buffers, &[], MsgFlags::empty(), None)
+        .expect("the supervisor listens");
 }
 
 /// What can only be seen from inside and before the lock-in.

@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use sandbox::sys::attempt;
@@ -40,7 +41,16 @@ pub fn perform(deed: &str) -> io::Result<()> {
             assert!(start.elapsed() >= Duration::from_millis(1));
             Ok(())
         }
-        "eventfd" => eventfd(),
+        "poll" => {
+            let input = io::stdin();
+            let mut list = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(
+                poll(&mut list, PollTimeout::from(1000u16))?,
+                1,
+                "/dev/null is always readable"
+            );
+            Ok(())
+        }
         "log" => io::stderr().write_all(b"a locked-in child can still log\n"),
         "standard-input" => {
             let mut byte = [0; 1];
@@ -56,6 +66,7 @@ pub fn perform(deed: &str) -> io::Result<()> {
             std::thread::sleep(Duration::from_secs(3600));
         },
         // Allowed to some.
+        "eventfd" => eventfd(),
         "thread" => {
             let name = "worker".to_owned();
             std::thread::Builder::new()

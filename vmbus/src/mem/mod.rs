@@ -38,7 +38,11 @@ mod paged;
 mod ram;
 mod shared;
 mod spans;
+#[cfg(test)]
+mod tests;
 mod uring;
+#[cfg(test)]
+mod uring_tests;
 
 pub use crate::fault::{HostError, OutOfRange};
 pub use gpa::{Gpa, Gpn, LayoutFault, PAGE_BYTES, RamLayout, RamRegion};

@@ -24,6 +24,8 @@ mod control_layout;
 mod gpa_direct;
 mod guid;
 mod packet;
+#[cfg(test)]
+mod tests;
 mod version;
 
 pub use crate::fault::GuestFault;

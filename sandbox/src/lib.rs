@@ -37,3 +37,4 @@ pub use stage::{Options, SandboxError, enter};
 pub use sys::fds::inherited_control_fd;
 pub use sys::pidfd::{Child, ExitCause};
 pub use sys::spawn::{Identity, Spawn, SpawnError, spawn};
+pub use sys::tap;

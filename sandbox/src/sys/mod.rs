@@ -12,3 +12,4 @@ pub mod pidfd;
 pub(crate) mod probe;
 pub(crate) mod process;
 pub mod spawn;
+pub mod tap;

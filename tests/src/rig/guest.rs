@@ -16,7 +16,8 @@
 use super::archive::Tree;
 use super::modules::{ModuleTable, install};
 use super::packages::{Kernel, Sysroot};
-use super::{Rig, outer, progress, vmlinux};
+use super::programs::{install_busybox, install_program};
+use super::{Rig, progress, vmlinux};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -57,9 +58,9 @@ pub fn build(dir: &Path) -> Result<()> {
     vmlinux::extract(&kernel.image, &guest.join("vmlinux"), &sysroot)?;
 
     let mut tree = Tree::new();
-    outer::install_busybox(&mut tree, &sysroot)?;
+    install_busybox(&mut tree, &sysroot)?;
     for program in PROGRAMS {
-        outer::install_program(&mut tree, &sysroot, program)?;
+        install_program(&mut tree, &sysroot, program)?;
     }
     tree.symlink("usr/sbin/mkfs.ext4", "mke2fs");
     tree.file("etc/mke2fs.conf", 0o644, sysroot.root.join("etc/mke2fs.conf"));

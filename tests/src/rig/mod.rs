@@ -39,6 +39,7 @@ mod lock;
 mod modules;
 mod outer;
 mod packages;
+mod programs;
 mod run;
 mod spec;
 mod vmlinux;

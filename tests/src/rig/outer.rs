@@ -4,13 +4,13 @@
 
 use super::archive::Tree;
 use super::modules::{ModuleTable, install};
-use super::packages::{Kernel, Sysroot, output_of, remove_tree, run};
+use super::packages::{Kernel, Sysroot, output_of, remove_tree, run, wrapped};
+use super::programs::{install_busybox, install_program};
 use super::progress;
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::Path;
-use std::process::Command;
 
 const INITRAMFS_INIT: &str = include_str!("scripts/outer-initramfs.sh");
 const RIG_INIT: &str = include_str!("scripts/rig-init.sh");
@@ -120,6 +120,10 @@ pub fn build(dir: &Path) -> Result<()> {
         .arg(&staging)
         .arg(&image)
         .arg(ROOT_DISK);
+    if !nix::unistd::geteuid().is_root() {
+        // So that the files belong to root in the image: in a user namespace they seem to be root's already.
+        mke2fs = wrapped(&["unshare", "--map-root-user", "--"], &mke2fs);
+    }
     run(&mut mke2fs).context("cannot make the root disk")?;
     remove_tree(&staging)
 }
@@ -168,34 +172,4 @@ fn root_tree(dir: &Path, kernel: &Kernel, table: &ModuleTable, sysroot: &Sysroot
         tree.file(&format!("opt/guest/{name}"), 0o644, dir.join("guest").join(name));
     }
     Ok(tree)
-}
-
-/// Puts busybox into a tree, with a link for each of its applets, and the links of a merged `/usr`.
-pub fn install_busybox(tree: &mut Tree, sysroot: &Sysroot) -> Result<()> {
-    for name in ["bin", "sbin", "lib", "lib64"] {
-        tree.directory(&format!("usr/{name}"));
-        tree.symlink(name, &format!("usr/{name}"));
-    }
-    let busybox = sysroot.root.join("usr/bin/busybox");
-    tree.file("usr/bin/busybox", 0o755, busybox.clone());
-    for applet in output_of(Command::new(busybox).arg("--list-full"))?.lines() {
-        let merged = if applet.starts_with("usr/") {
-            applet.to_string()
-        } else {
-            format!("usr/{applet}")
-        };
-        if !tree.contains(&merged) {
-            tree.symlink(&merged, "/usr/bin/busybox");
-        }
-    }
-    Ok(())
-}
-
-/// Puts a program of the sysroot into a tree, with all the libraries that it is linked with.
-pub fn install_program(tree: &mut Tree, sysroot: &Sysroot, program: &str) -> Result<()> {
-    tree.file(program, 0o755, sysroot.root.join(program));
-    for library in sysroot.libraries_of(program)? {
-        tree.file(&library, 0o755, sysroot.root.join(&library));
-    }
-    Ok(())
 }

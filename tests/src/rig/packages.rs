@@ -300,6 +300,21 @@ fn files_with_suffix(dir: &Path, suffix: &str) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// `command`, run by another program: `prefix` is that program and its first arguments.
+pub fn wrapped(prefix: &[&str], command: &Command) -> Command {
+    let mut whole = Command::new(prefix[0]);
+    whole
+        .args(&prefix[1..])
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        if let Some(value) = value {
+            whole.env(name, value);
+        }
+    }
+    whole
+}
+
 /// Runs a command and turns failure into an error that shows what the command said.
 pub fn run(command: &mut Command) -> Result<()> {
     output_of(command).map(drop)

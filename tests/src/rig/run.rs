@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::archive::{Tree, read_cpio};
-use super::packages::Sysroot;
+use super::packages::{Sysroot, wrapped};
 use super::spec::{EXIT_RIG_AT_FAULT, RigError, RigFailed, RigOutcome, RigSpec};
 use super::{Rig, lock::FileLock, progress};
 use anyhow::{Context, Result, ensure};
@@ -156,13 +156,7 @@ impl Rig {
         let sysroot = Sysroot::of(&self.dir);
         let emulator = sysroot.command("usr/bin/qemu-system-x86_64")?;
         // util-linux's setpriv: a test that is killed takes its machine with it.
-        let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", "KILL", "--"])
-            .arg(emulator.get_program())
-            .args(emulator.get_args());
-        for (name, value) in emulator.get_envs() {
-            qemu.env(name, value.unwrap_or_default());
-        }
+        let mut qemu = wrapped(&["setpriv", "--pdeathsig", "KILL", "--"], &emulator);
         // QEMU keeps a snapshot's changes in a file here.
         qemu.env("TMPDIR", folder);
         for data in ["usr/share/qemu", "usr/share/seabios"] {

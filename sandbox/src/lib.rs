@@ -6,7 +6,7 @@
 //! comes back with a [`Report`] of what the host gave. After that no path can be opened, and a system call
 //! that is not in the program's [`Profile`] kills it.
 //!
-//! [`audit`] looks at a process from outside and says what it really has, so that nobody has to believe a
+//! [`mod@audit`] looks at a process from outside and says what it really has, so that nobody has to believe a
 //! report. [`host`] asks the kernel, before any VM is started, what it would give.
 //!
 //! Needs Linux 5.11 (`close_range` with `CLOSE_RANGE_CLOEXEC`); all that is newer or can be switched off is

@@ -129,11 +129,17 @@ umount /mnt
 echo "guest: rebooting"
 reboot -f
 "#;
-    let servers = "(sleep 4; while sleep 1; do pidof bulkhead-block bulkhead-net >>/root/pids || exit; done) &";
-    let after = "[ \"$(sort -u /root/pids | wc -l)\" = 1 ] || { echo \"FAILED servers changed\"; cat /root/pids; }";
+    let servers =
+        "(sleep 4; while sleep 1; do pidof bulkhead-block bulkhead-net >>/root/pids || exit; done) &";
+    let after =
+        "[ \"$(sort -u /root/pids | wc -l)\" = 1 ] || { echo \"FAILED servers changed\"; cat /root/pids; }";
     if let Some(outcome) = guest(script, "--memory 384M", servers, after) {
         assert!(outcome.output.contains("guest: rebooting"), "{}", outcome.output);
-        assert!(outcome.output.contains("guest: second boot"), "{}", outcome.output);
+        assert!(
+            outcome.output.contains("guest: second boot"),
+            "{}",
+            outcome.output
+        );
     }
 }
 
@@ -161,7 +167,11 @@ echo "guest: kexec"
 kexec -e
 "#;
     if let Some(outcome) = guest(script, "--memory 512M", "", "") {
-        assert!(outcome.output.contains("guest: second kernel"), "{}", outcome.output);
+        assert!(
+            outcome.output.contains("guest: second kernel"),
+            "{}",
+            outcome.output
+        );
     }
 }
 

@@ -31,6 +31,7 @@ fn deadline() -> Instant {
 /// A device that echoes. Dies with everything it knows.
 struct Server {
     port: Port,
+    generation: u32,
     endpoint: Option<Box<Endpoint>>,
     work: Vec<(Token, Vec<u8>)>,
     held: BTreeMap<u64, HeldToken>,
@@ -45,6 +46,7 @@ impl Server {
         let next_push = u64::from(generation) * 1000;
         Self {
             port,
+            generation,
             endpoint: None,
             work: Vec::new(),
             held: BTreeMap::new(),
@@ -96,12 +98,14 @@ impl Server {
                     }
                 }
             }
-            // Two at a time, the last one first, so that answers come out of order and in several publications.
-            endpoint.commit_taken().expect("the guest behaves");
-            for _ in 0..2 {
-                let Some((token, payload)) = self.work.pop() else {
-                    break;
+            // Two at a time, so that there are several publications; in an order that differs from the predecessor's.
+            for _ in 0..2.min(self.work.len()) {
+                let next = if self.generation % 2 == 0 {
+                    0
+                } else {
+                    self.work.len() - 1
                 };
+                let (token, payload) = self.work.remove(next);
                 if payload[0] == PUSH {
                     self.next_push += 1;
                     let id = self.next_push;
@@ -229,12 +233,13 @@ impl Scene {
             while !scene.run_server(budget.unwrap_or(u64::MAX)) {
                 killed += 1;
                 *budget = kills.next();
-                // The guest goes on: it reads what is visible, and answers.
+                // The guest goes on: it reads what is visible, answers, and writes wherever the ring has room.
                 scene.collect();
                 if killed % 2 == 0 {
                     scene.answer_one();
-                    scene.channel.flush().expect("the server behaves");
                 }
+                while scene.channel.send_in_band(0, false, &[&[NOTE; 240]]).is_ok() {}
+                scene.channel.flush().expect("the server behaves");
             }
         };
         for round in 0..2 {
@@ -248,6 +253,11 @@ impl Scene {
             self.answer_one();
             self.request(ECHO, 8 + 8 * round);
             self.request(PUSH, 32);
+            self.channel.flush().expect("the server behaves");
+            run(self, &mut budget);
+            self.collect();
+            self.request(ECHO, 40);
+            self.request(ECHO, 48);
             self.channel.flush().expect("the server behaves");
             run(self, &mut budget);
             self.collect();
@@ -305,6 +315,37 @@ fn ten_kills_in_a_row_lose_and_repeat_nothing() {
     for seed in 0..200u64 {
         let kills: Vec<u64> = (0..10).map(|turn| (seed * 7 + turn * 13) % 61).collect();
         Scene::new(2).play(&kills);
+    }
+}
+
+#[test]
+fn an_opening_in_the_absence_of_a_server_inherits_nothing_from_the_last_one() {
+    for stores in 0.. {
+        let mut scene = Scene::new(2);
+        for _ in 0..3 {
+            scene.request(PUSH, 16);
+        }
+        scene.channel.flush().expect("flush");
+        // Dies with requests taken and held packets published.
+        assert!(!scene.run_server(70));
+        scene.channel = scene.guest.reopen_channel(&scene.channel).expect("open");
+        (scene.waiting, scene.received_held) = (BTreeMap::new(), BTreeSet::new());
+        let survived = scene.run_server(stores);
+        assert!(scene.run_server(u64::MAX));
+        let server = scene.server.as_ref().expect("a server");
+        assert!(
+            server.work.is_empty() && server.held.is_empty(),
+            "after {stores} stores"
+        );
+        scene.request(ECHO, 24);
+        scene.channel.flush().expect("flush");
+        assert!(scene.run_server(u64::MAX));
+        scene.collect();
+        assert!(scene.waiting.is_empty() && scene.received_held.is_empty());
+        if survived {
+            assert!(stores > 10, "only {stores} stores were seen");
+            return;
+        }
     }
 }
 

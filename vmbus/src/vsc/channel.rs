@@ -36,6 +36,7 @@ pub struct ChannelCounters {
 #[derive(Debug)]
 pub struct GuestChannel {
     pub(super) relid: u32,
+    pub(super) ring_gpadl: u32,
     pub(super) sub_index: u16,
     pub(super) open_epoch: u32,
     pub(super) reader: RingReader,
@@ -56,6 +57,11 @@ impl GuestChannel {
     /// relid.
     pub fn channel_id(&self) -> u32 {
         self.relid
+    }
+
+    /// The GPADL that holds both rings.
+    pub fn ring_gpadl(&self) -> u32 {
+        self.ring_gpadl
     }
 
     /// 0: the primary.

@@ -325,21 +325,20 @@ impl SyntheticGuest {
         self.open_on(relid, ring_gpadl, options)
     }
 
-    /// Opens a channel again, on the rings that it had.
-    pub fn reopen_channel(
-        &mut self,
-        closed: GuestChannel,
-        ring_gpadl: u32,
-    ) -> Result<GuestChannel, VscError> {
-        let ring_pages = (closed.to_host.data_bytes() / PAGE_BYTES as u32) + 1;
-        let target_vp = closed.target_vp.load(Ordering::Relaxed) as u16;
+    /// Opens a channel again on the rings that it has, with initialized indexes, as a driver does when it changes its
+    /// settings. Close it first, unless no server is there. The old value is of no use any more.
+    pub fn reopen_channel(&mut self, old: &GuestChannel) -> Result<GuestChannel, VscError> {
+        let ring_pages = old.to_host.data_bytes() / PAGE_BYTES as u32 + 1;
+        // Stored from a u16.
+        let target_vp = old.target_vp.load(Ordering::Relaxed) as u16;
         let options = ChannelOptions {
-            sub_index: closed.sub_index,
+            sub_index: old.sub_index,
             ring_pages,
             target_vp,
             scattered: false,
         };
-        self.open_on(closed.relid, ring_gpadl, options)
+        self.channels.remove(&old.relid);
+        self.open_on(old.relid, old.ring_gpadl, options)
     }
 
     fn open_on(
@@ -367,6 +366,7 @@ impl SyntheticGuest {
         let target_vp = Arc::new(AtomicU32::new(u32::from(options.target_vp)));
         let channel = GuestChannel {
             relid,
+            ring_gpadl,
             sub_index: options.sub_index,
             open_epoch,
             reader: RingReader::new(to_guest.clone(), 0)?,
@@ -393,11 +393,6 @@ impl SyntheticGuest {
         self.channels.insert(relid, open);
         self.tell_channel(relid, true)?;
         Ok(channel)
-    }
-
-    /// The GPADL that holds a channel's rings.
-    pub fn ring_gpadl(&self, channel: &GuestChannel) -> Option<u32> {
-        self.channels.get(&channel.relid).map(|open| open.ring_gpadl)
     }
 
     /// Closes a channel and waits until the server has let go of it. Its ring GPADL stays.

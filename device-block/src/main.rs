@@ -1,1 +1,121 @@
-fn main() {}
+//! The program `bulkhead-block`. Started by the supervisor with its control socket as descriptor 3.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result};
+use device_block::backend::fence::Lease;
+use device_block::config::ControllerConfig;
+use device_block::controller::{Controller, OpenDisks};
+use device_block::server::{IO_NUMBER_BASE, Parts, Server, ServerError, URING_SLOTS};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use vmbus::channel::Port;
+use vmbus::ipc::server_start::Start;
+use vmbus::mem::Uring;
+
+fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead-block: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> Result<()> {
+    let control = sandbox::inherited_control_fd()?;
+    let mut start = Start::receive(control)?;
+    match prepare(&mut start) {
+        Ok(room) => room.run(start),
+        Err(error) => {
+            start.fail(format!("{error:#}"))?;
+            Err(error)
+        }
+    }
+}
+
+/// Everything that needs more rights than the server will have.
+struct Room {
+    report: String,
+    io: Uring,
+    controller: Controller,
+    lease: Lease,
+    disks: Vec<(OwnedFd, bool)>,
+    vcpu: OwnedFd,
+    journal: OwnedFd,
+}
+
+fn prepare(start: &mut Start) -> Result<Room> {
+    start.init_logging()?;
+    let config = ControllerConfig::parse(&start.config)?;
+    let vcpu = start.fds.take("vcpu")?;
+    let journal = start.fds.take("journal")?;
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| Ok((disk.clone(), start.fds.take(&disk.fd)?)));
+    let disks = OpenDisks::look_at(disks.collect::<Result<_>>()?)?;
+    std::mem::take(&mut start.fds).finish()?;
+
+    let lease = Lease::open(journal.as_fd())?;
+    let mut io = Uring::new(URING_SLOTS)?;
+    // The lease first: index 0. The disks' files follow in order.
+    let files: Vec<_> = std::iter::once(lease.file())
+        .chain(disks.files().map(|(file, _)| file))
+        .collect();
+    io.register_files(&files)?;
+    drop(files);
+    let locks = disks
+        .files()
+        .map(|(file, read_only)| Ok((file.try_clone_to_owned()?, read_only)));
+    let locks = locks
+        .collect::<std::io::Result<Vec<_>>>()
+        .context("cannot duplicate a disk's descriptor")?;
+    let controller = Controller::new(&config, disks, 1, IO_NUMBER_BASE)?;
+
+    let options = sandbox::Options {
+        require_full: start.require_full_sandbox,
+    };
+    let report = sandbox::enter(&sandbox::profile::block(), &options)?;
+    let report = serde_json::to_string(&report)?;
+    Ok(Room {
+        report,
+        io,
+        controller,
+        lease,
+        disks: locks,
+        vcpu,
+        journal,
+    })
+}
+
+impl Room {
+    fn run(self, start: Start) -> Result<()> {
+        let generation = start.generation;
+        let Self {
+            report,
+            io,
+            controller,
+            lease,
+            disks,
+            vcpu,
+            journal,
+        } = self;
+        let control = start.ready(report)?;
+        let port = Port::new(vcpu, journal, generation)?;
+        let parts = Parts {
+            io,
+            control,
+            port,
+            controller,
+            lease,
+            disks,
+            generation,
+        };
+        match Server::new(parts).run() {
+            // The VM is over.
+            Err(ServerError::Vcpu(vmbus::ipc::PeerFault::Eof)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}

@@ -429,8 +429,11 @@ mod tests {
                 let operation = packet.operation();
                 prop_assert_eq!(u32::from(operation), packet.header.operation.get());
                 let srb = packet.scsi_request();
-                let _ = (srb.cdb().map(<[u8]>::len), srb.direction());
-                let _ = (packet.protocol_version(), packet.channel_properties(), packet.sub_channel_count());
+                prop_assert!(srb.cdb().is_none_or(|cdb| (1..=16).contains(&cdb.len())));
+                let version = packet.protocol_version().major_minor.get();
+                prop_assert_eq!(version, packet.sub_channel_count(), "both are the first two bytes");
+                let properties = packet.channel_properties();
+                prop_assert_eq!(properties.as_bytes(), &packet.body[..24]);
             }
         }
     }

@@ -20,8 +20,8 @@ const TIMEOUT: Duration = Duration::from_secs(900);
 const RESULT: &str = "/out/samples.json";
 
 /// Measures all figures of the rig.
-pub fn measure(wanted: &[&str]) -> Result<Vec<Figure>> {
-    let _ = wanted; // One run gives all of them.
+pub fn measure(_wanted: &[&str]) -> Result<Vec<Figure>> {
+    // One run gives all of them.
     let rig = Rig::build()?;
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);

@@ -246,6 +246,7 @@ impl Shared {
 
 /// The writer polls, so that it needs no signal.
 fn give_back(reader: &mut RingReader) {
+    // Nobody sleeps here.
     let _ = reader.commit();
 }
 
@@ -288,7 +289,7 @@ impl Peer {
     /// Asks now and then; a system call a look would be measured, too.
     fn must_be_alive(&mut self) -> Result<()> {
         self.looks = self.looks.wrapping_add(1);
-        if self.looks % (1 << 20) == 0 {
+        if self.looks.is_multiple_of(1 << 20) {
             ensure!(self.child.try_wait()?.is_none(), "the reading process has died");
         }
         Ok(())

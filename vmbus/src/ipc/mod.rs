@@ -33,6 +33,10 @@ pub mod hello;
 pub mod messages;
 pub mod server_start;
 pub mod socket;
+#[cfg(test)]
+mod socket_tests;
+#[cfg(test)]
+mod wire_tests;
 
 use nix::errno::Errno;
 

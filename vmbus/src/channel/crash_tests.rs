@@ -100,7 +100,7 @@ impl Server {
             }
             // Two at a time, so that there are several publications; in an order that differs from the predecessor's.
             for _ in 0..2.min(self.work.len()) {
-                let next = if self.generation % 2 == 0 {
+                let next = if self.generation.is_multiple_of(2) {
                     0
                 } else {
                     self.work.len() - 1

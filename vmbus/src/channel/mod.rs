@@ -48,6 +48,8 @@ mod crash_tests;
 mod endpoint;
 mod interrupt;
 mod port;
+#[cfg(test)]
+mod tests;
 mod token;
 
 pub use crate::journal::MAX_CHANNELS;

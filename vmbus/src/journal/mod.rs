@@ -55,6 +55,8 @@ mod layout;
 mod recover;
 mod saved_state;
 mod slot;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

@@ -8,12 +8,21 @@
 //! Slots and iovec arrays are re-used: in steady state nothing is allocated. An operation on one contiguous piece uses
 //! READ/WRITE instead of READV/WRITEV, which saves the kernel the import of an iovec.
 //!
+//! # What else a ring could do
+//! An io_uring opens files and makes sockets for whoever may enter it, and no seccomp filter sees it. A program that locks
+//! itself in makes its ring by [`Uring::restricted`]: the ring then refuses, with `EACCES` and until it is gone, every operation
+//! that this module does not queue, and every change of the registered files (Linux 5.10).
+//!
 //! # Threads
 //! One thread makes and uses a [`Uring`] (`!Send`): the kernel is told so where it can make use of it
 //! (`IORING_SETUP_SINGLE_ISSUER | DEFER_TASKRUN`, Linux 6.1); older kernels get `COOP_TASKRUN` (5.19) or nothing.
 
+#[cfg(test)]
+mod restriction_tests;
+
 use super::spans::MAX_PIECES;
 use super::{Access, GuestSpans, HostError, SharedMap, sealed_memfd};
+use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use std::marker::PhantomData;
@@ -104,12 +113,34 @@ struct Slot {
 /// `user_data` of cancel requests, whose own completions are of no interest. No slot has this number.
 const CANCEL: u64 = u64::MAX;
 
+/// All that is queued here, and how: a registered file is named by a flag of the entry. No operation of registration is
+/// among them, so the files stay what they are.
+fn restrictions() -> [Restriction; 10] {
+    [
+        Restriction::sqe_op(opcode::Nop::CODE),
+        Restriction::sqe_op(opcode::Read::CODE),
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Write::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::sqe_op(opcode::Fallocate::CODE),
+        Restriction::sqe_op(opcode::PollAdd::CODE),
+        Restriction::sqe_op(opcode::AsyncCancel::CODE),
+        Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()),
+    ]
+}
+
+fn clamp(capacity: u32) -> u32 {
+    capacity.clamp(1, 4096)
+}
+
 /// An io_uring whose operations own their buffers. See the module's text.
 pub struct Uring {
     ring: IoUring,
     slots: Vec<Slot>,
     free: Vec<u32>,
     in_flight: usize,
+    is_restricted: bool,
     /// Eight bytes for each slot: where reads of eventfds go.
     counters: Arc<SharedMap>,
     not_send: PhantomData<*mut ()>,
@@ -118,22 +149,63 @@ pub struct Uring {
 impl Uring {
     /// A ring for at most `capacity` operations in flight (rounded up to a power of two by the kernel, at most 4096).
     pub fn new(capacity: u32) -> Result<Self, HostError> {
-        let capacity = capacity.clamp(1, 4096);
+        let ring = Self::build(clamp(capacity), false)?;
+        Self::on(ring, clamp(capacity))
+    }
+
+    /// The same, with `files` registered as by [`Self::register_files`], for a program that is going to lock itself in: the ring
+    /// takes the operations of this module and nothing else. Where the kernel has no such thing, the ring is as from
+    /// [`Self::new`], and [`Self::is_restricted`] says so.
+    pub fn restricted(capacity: u32, files: &[BorrowedFd<'_>]) -> Result<Self, HostError> {
+        let capacity = clamp(capacity);
+        let ring = match Self::build(capacity, true) {
+            Err(error) if error.errno == Errno::EINVAL => {
+                let mut uring = Self::new(capacity)?;
+                uring.register_some(files)?;
+                return Ok(uring);
+            }
+            result => result?,
+        };
+        let mut uring = Self::on(ring, capacity)?;
+        uring.register_some(files)?;
+        let submitter = uring.ring.submitter();
+        uring.is_restricted = submitter.register_restrictions(&mut restrictions()).is_ok();
+        submitter
+            .register_enable_rings()
+            .map_err(|error| HostError::from_io("enable an io_uring", &error))?;
+        Ok(uring)
+    }
+
+    /// Whether the kernel refuses whatever this module does not queue.
+    pub fn is_restricted(&self) -> bool {
+        self.is_restricted
+    }
+
+    /// The kernel takes an empty table for a mistake.
+    fn register_some(&mut self, files: &[BorrowedFd<'_>]) -> Result<(), HostError> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        self.register_files(files)
+    }
+
+    fn on(ring: IoUring, capacity: u32) -> Result<Self, HostError> {
         let counters_len = capacity as usize * 8;
         let counters = sealed_memfd("uring-counters", counters_len as u64)?;
         let counters = Arc::new(SharedMap::map(counters.as_fd(), counters_len, Access::ReadWrite)?);
         Ok(Self {
-            ring: Self::build(capacity)?,
+            ring,
             slots: (0..capacity).map(|_| Slot::default()).collect(),
             free: (0..capacity).rev().collect(),
             in_flight: 0,
+            is_restricted: false,
             counters,
             not_send: PhantomData,
         })
     }
 
-    /// Asks for the cheapest mode first, and takes what the kernel has.
-    fn build(capacity: u32) -> Result<IoUring, HostError> {
+    /// Asks for the cheapest mode first, and takes what the kernel has. A `disabled` ring can be restricted, then enabled.
+    fn build(capacity: u32, disabled: bool) -> Result<IoUring, HostError> {
         let attempts: [fn(&mut io_uring::Builder); 3] = [
             |builder| {
                 builder
@@ -156,6 +228,9 @@ impl Uring {
             // Four times the slots: a multishot poll may complete several times between two looks.
             builder.dontfork().setup_cqsize(capacity.saturating_mul(4));
             attempt(&mut builder);
+            if disabled {
+                builder.setup_r_disabled();
+            }
             match builder.build(capacity) {
                 Ok(ring) => return Ok(ring),
                 Err(found) => error = HostError::from_io("make an io_uring", &found),

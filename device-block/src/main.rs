@@ -1,7 +1,7 @@
 //! The program `bulkhead-block`. Started by the supervisor with its control socket as descriptor 3.
 #![forbid(unsafe_code)]
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use device_block::backend::fence::Lease;
 use device_block::config::ControllerConfig;
 use device_block::controller::{Controller, OpenDisks};
@@ -58,12 +58,11 @@ fn prepare(start: &mut Start) -> Result<Room> {
     std::mem::take(&mut start.fds).finish()?;
 
     let lease = Lease::open(journal.as_fd())?;
-    let mut io = Uring::new(URING_SLOTS)?;
     // The lease first: index 0. The disks' files follow in order.
     let files: Vec<_> = std::iter::once(lease.file())
         .chain(disks.files().map(|(file, _)| file))
         .collect();
-    io.register_files(&files)?;
+    let io = Uring::restricted(URING_SLOTS, &files)?;
     drop(files);
     let locks = disks
         .files()
@@ -76,7 +75,12 @@ fn prepare(start: &mut Start) -> Result<Room> {
     let options = sandbox::Options {
         require_full: start.require_full_sandbox,
     };
-    let report = sandbox::enter(&sandbox::profile::block(), &options)?;
+    let mut report = sandbox::enter(&sandbox::profile::block(), &options)?;
+    if !io.is_restricted() {
+        let missing = "io_uring accepts any operation: the kernel has no restrictions for it (Linux 5.10)";
+        ensure!(!options.require_full, "{missing}");
+        report.missing.push(missing.to_owned());
+    }
     let report = serde_json::to_string(&report)?;
     Ok(Room {
         report,

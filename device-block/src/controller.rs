@@ -8,6 +8,7 @@
 //! It knows neither rings nor journals: `server.rs` gives it requests and sends its answers.
 
 use crate::backend::engine::{Engine, RequestId, Started};
+use crate::backend::fence::{self, FenceError};
 use crate::backend::file::{FileBackend, OpenError, Wishes};
 use crate::backend::job::{Ended, Work};
 use crate::backend::memory::MemoryBackend;
@@ -58,6 +59,14 @@ pub enum BuildError {
         lun: u8,
         /// Why.
         source: OpenError,
+    },
+    /// A disk cannot be locked.
+    #[error("disk {lun}: {source}")]
+    Lock {
+        /// Its logical unit number.
+        lun: u8,
+        /// Why.
+        source: FenceError,
     },
     /// The numbers are not possible.
     #[error(transparent)]
@@ -111,10 +120,31 @@ impl OpenDisks {
         })
     }
 
-    /// The files that are served by io_uring, with whether they are only read. Memory disks have none.
-    pub fn files(&self) -> impl Iterator<Item = (BorrowedFd<'_>, bool)> {
+    /// Locks the disks against other VMs. The first server of a device does it at once, so that the operator hears
+    /// why the VM cannot start. A successor's predecessor may still hold the locks: its disks are given back, to be
+    /// locked once the lease was taken.
+    pub fn lock(&self, generation: u32) -> Result<Vec<(OwnedFd, bool)>, BuildError> {
+        let mut later = Vec::new();
+        for (lun, file, read_only) in self.files() {
+            if generation <= 1 {
+                fence::lock_disk(file, read_only, false)
+                    .map_err(|source| BuildError::Lock { lun, source })?;
+            } else {
+                let file = file.try_clone_to_owned().map_err(|error| BuildError::Disk {
+                    lun,
+                    source: OpenError::Host("duplicate its descriptor", error),
+                })?;
+                later.push((file, read_only));
+            }
+        }
+        Ok(later)
+    }
+
+    /// The files that are served by io_uring, each with its logical unit number and whether it is only read. Memory
+    /// disks have none.
+    pub fn files(&self) -> impl Iterator<Item = (u8, BorrowedFd<'_>, bool)> {
         self.disks.iter().filter_map(|(config, disk)| match disk {
-            OpenDisk::File(file) => Some((file.file(), config.read_only)),
+            OpenDisk::File(file) => Some((config.lun, file.file(), config.read_only)),
             OpenDisk::Memory(_) => None,
         })
     }

@@ -121,7 +121,8 @@ fn transfers_say_how_much_they_moved() {
 
 #[test]
 fn faults_of_the_host_are_told_as_sense_data_and_never_as_another_srb_status() {
-    let cases: [(&[u8], u8, i32, (u8, u8, u8)); 9] = [
+    type Case<'a> = (&'a [u8], u8, i32, (u8, u8, u8));
+    let cases: [Case<'_>; 9] = [
         (&READ, 1, -libc::EIO, (3, 0x11, 0)),
         (&READ, 1, 0, (3, 0x11, 0)),
         (&READ, 1, -libc::EBADF, (3, 0x11, 0)),

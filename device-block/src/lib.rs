@@ -27,3 +27,4 @@ pub mod controller;
 pub mod scsi;
 pub mod server;
 pub mod storvsp;
+pub mod vsc;

@@ -1,11 +1,11 @@
 //! The program `bulkhead-block`. Started by the supervisor with its control socket as descriptor 3.
 #![forbid(unsafe_code)]
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use device_block::backend::fence::Lease;
 use device_block::config::ControllerConfig;
 use device_block::controller::{Controller, OpenDisks};
-use device_block::server::{IO_NUMBER_BASE, Parts, Server, ServerError, URING_SLOTS};
+use device_block::server::{IO_NUMBER_BASE, Parts, Server, URING_SLOTS};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use vmbus::channel::Port;
@@ -60,16 +60,11 @@ fn prepare(start: &mut Start) -> Result<Room> {
     let lease = Lease::open(journal.as_fd())?;
     // The lease first: index 0. The disks' files follow in order.
     let files: Vec<_> = std::iter::once(lease.file())
-        .chain(disks.files().map(|(file, _)| file))
+        .chain(disks.files().map(|(_, file, _)| file))
         .collect();
     let io = Uring::restricted(URING_SLOTS, &files)?;
     drop(files);
-    let locks = disks
-        .files()
-        .map(|(file, read_only)| Ok((file.try_clone_to_owned()?, read_only)));
-    let locks = locks
-        .collect::<std::io::Result<Vec<_>>>()
-        .context("cannot duplicate a disk's descriptor")?;
+    let locks = disks.lock(start.generation)?;
     let controller = Controller::new(&config, disks, 1, IO_NUMBER_BASE)?;
 
     let options = sandbox::Options {
@@ -114,12 +109,7 @@ impl Room {
             controller,
             lease,
             disks,
-            generation,
         };
-        match Server::new(parts).run() {
-            // The VM is over.
-            Err(ServerError::Vcpu(vmbus::ipc::PeerFault::Eof)) => Ok(()),
-            result => Ok(result?),
-        }
+        Ok(Server::new(parts).run()?)
     }
 }

@@ -98,10 +98,8 @@ pub struct Parts {
     pub controller: Controller,
     /// Registered with `io`, not yet taken.
     pub lease: Lease,
-    /// Disks to lock against other VMs, and whether they are only read.
+    /// Disks that are still to be locked against other VMs, and whether they are only read.
     pub disks: Vec<(OwnedFd, bool)>,
-    /// Number of this process among those that served the device.
-    pub generation: u32,
 }
 
 /// The server of one controller.
@@ -112,7 +110,6 @@ pub struct Server {
     controller: Controller,
     lease: Lease,
     disks: Vec<(OwnedFd, bool)>,
-    generation: u32,
     channels: BTreeMap<u16, Channel>,
     /// What each request at the disks owes to whom.
     owed: Vec<Option<(u16, Token)>>,
@@ -159,7 +156,6 @@ impl Server {
             controller,
             lease,
             disks,
-            generation,
         } = parts;
         Self {
             io,
@@ -168,7 +164,6 @@ impl Server {
             controller,
             lease,
             disks,
-            generation,
             channels: BTreeMap::new(),
             owed: (0..MAX_ACTIVE).map(|_| None).collect(),
             replays: VecDeque::new(),
@@ -182,28 +177,40 @@ impl Server {
         }
     }
 
-    /// Serves until the supervisor says stop, or is gone.
+    /// Serves until the supervisor says stop, or the VM is over.
     pub fn run(mut self) -> Result<(), ServerError> {
+        match self.serve() {
+            // A socket's end: the supervisor or bulkhead-vcpu is gone, and with it the VM.
+            Ok(()) | Err(ServerError::Supervisor(PeerFault::Eof) | ServerError::Vcpu(PeerFault::Eof)) => {
+                self.leave();
+                Ok(())
+            }
+            Err(error) => {
+                self.leave();
+                // If the supervisor does not hear it, the log still does.
+                if let Err(unsent) = self.control.failed(error.to_string()) {
+                    tracing::warn!(%unsent, "the supervisor does not listen");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), ServerError> {
         self.arm_control()?;
         self.arm_port()?;
         // What came before the polls were armed is reported by them: a poll looks once when it is armed.
         loop {
             let want = usize::from(!self.has_work());
             self.io.submit_and_wait(want, None)?;
-            match self.reap() {
-                // The supervisor is gone, and with it the VM.
-                Err(ServerError::Supervisor(PeerFault::Eof)) => break,
-                result => result?,
-            }
+            self.reap()?;
             self.replay();
             self.read();
             self.settle()?;
             if self.stopping && self.controller.active_count() == 0 {
-                break;
+                return Ok(());
             }
         }
-        self.leave();
-        Ok(())
     }
 
     fn has_work(&self) -> bool {
@@ -304,7 +311,7 @@ impl Server {
                 // Before anything of the predecessor's is looked at.
                 self.lease.wait()?;
                 for (disk, read_only) in &self.disks {
-                    fence::lock_disk(disk.as_fd(), *read_only, self.generation > 1)?;
+                    fence::lock_disk(disk.as_fd(), *read_only, true)?;
                 }
                 tracing::info!("attached");
             }

@@ -1,0 +1,9 @@
+//! The real `bulkhead-block` in its sandbox, driven by a synthetic guest over real rings.
+#![forbid(unsafe_code)]
+
+mod crash;
+mod disk;
+mod faults;
+mod hostile;
+mod protocol;
+mod room;

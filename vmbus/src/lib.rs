@@ -9,6 +9,7 @@ pub mod journal;
 // UNSAFETY: shared memory; the invariant stands at the top of mem/mod.rs.
 #[expect(unsafe_code)]
 pub mod mem;
+pub mod record;
 pub mod ring;
 pub mod vsc;
 pub mod wire;

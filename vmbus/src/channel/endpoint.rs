@@ -12,6 +12,7 @@ use super::token::{HeldToken, NotTaken, Recovered, RecoveredHeld, RecoveredReque
 use crate::fault::GuestFault;
 use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES, RecoverFault, RingView};
 use crate::mem::{HostError, SharedMap};
+use crate::record::{EventKind, Recorder};
 use crate::ring::{PacketBuf, RingArea, RingFault, RingReader, RingWriter, StageError};
 use crate::wire::{OutPacket, Packet};
 
@@ -47,6 +48,7 @@ pub(super) struct ChannelParts {
     pub interrupt: OwnedFd,
     pub event_flags: Arc<SharedMap>,
     pub target_vp: u16,
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 /// Why a channel cannot be served.
@@ -97,6 +99,7 @@ pub struct Endpoint {
     deferred: VecDeque<(u16, u64, Vec<u8>)>,
     broken: Option<GuestFault>,
     counters: EndpointCounters,
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl Endpoint {
@@ -114,6 +117,7 @@ impl Endpoint {
             interrupt,
             event_flags,
             target_vp,
+            recorder,
         } = parts;
         let view = RingView {
             to_host_data_bytes: to_host.data_bytes(),
@@ -153,7 +157,9 @@ impl Endpoint {
             deferred: VecDeque::new(),
             broken: None,
             counters: EndpointCounters::default(),
+            recorder,
         };
+        endpoint.record(EventKind::ChannelOpened, u64::from(name.open_epoch));
         // A dead predecessor may have left its mask or its wish for space set, or died between journal and ring.
         endpoint.reader.claim_words();
         endpoint.writer.claim_words();
@@ -235,6 +241,7 @@ impl Endpoint {
 
     /// Resets the kick. For servers that poll it; do not mix with `Uring::read_eventfd`, which needs it blocking.
     pub fn drain_kick(&mut self) -> Result<(), HostError> {
+        self.record(EventKind::Kick, 0);
         if !self.kick_is_nonblocking {
             set_nonblocking(&self.kick)?;
             self.kick_is_nonblocking = true;
@@ -334,6 +341,7 @@ impl Endpoint {
             .stage_request(kind, transaction_id, payload)
             .ok_or(NotTaken::NoFreeSlot)?;
         self.last_received = None;
+        self.record(EventKind::Take, transaction_id);
         Ok(self.token(slot, kind, transaction_id))
     }
 
@@ -381,7 +389,7 @@ impl Endpoint {
         }
         self.journal.commit_take(self.reader.staged_index());
         if self.reader.commit().is_needed() {
-            self.interrupt.raise();
+            self.raise();
         }
         Ok(())
     }
@@ -464,6 +472,7 @@ impl Endpoint {
     ) -> Result<bool, GuestFault> {
         match self.stage(&OutPacket::completion(transaction_id, &[payload])) {
             Ok(()) => {
+                self.record(EventKind::Complete, transaction_id);
                 self.journal.stage_answer(slot);
                 self.outstanding -= 1;
                 self.counters.completed += 1;
@@ -578,10 +587,11 @@ impl Endpoint {
         let committed = self.writer.commit();
         self.journal.after_publication();
         self.counters.publications += 1;
+        self.record(EventKind::Publish, u64::from(self.writer.committed_index()));
         match committed {
             Ok(signal) => {
                 if signal.is_needed() {
-                    self.interrupt.raise();
+                    self.raise();
                 }
                 Ok(())
             }
@@ -624,19 +634,31 @@ impl Endpoint {
 
     /// Interrupts the guest whether or not it needs it.
     pub fn signal_now(&mut self) {
-        self.interrupt.raise();
+        self.raise();
     }
 
     /// From now on another VP is interrupted. Interrupts it once: what was signalled to the old one may be lost.
     pub fn retarget(&mut self, target_vp: u16) {
         self.interrupt.retarget(target_vp);
-        self.interrupt.raise();
+        self.raise();
     }
 
     /// Ends this opening: nothing of it is ever replayed, and its rings are not touched any more.
     pub(super) fn close(self) -> ChannelName {
+        self.record(EventKind::ChannelClosed, u64::from(self.name.open_epoch));
         self.journal.close();
         self.name
+    }
+
+    fn raise(&mut self) {
+        self.interrupt.raise();
+        self.record(EventKind::Interrupt, u64::from(self.interrupt.target_vp()));
+    }
+
+    fn record(&self, kind: EventKind, value: u64) {
+        if let Some(recorder) = &self.recorder {
+            recorder.record(kind, self.name.sub_index, value);
+        }
     }
 
     fn progress(&mut self) {

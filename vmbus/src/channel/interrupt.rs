@@ -57,6 +57,10 @@ impl Interrupt {
         self.count
     }
 
+    pub(super) fn target_vp(&self) -> u16 {
+        self.target_vp
+    }
+
     pub(super) fn retarget(&mut self, target_vp: u16) {
         self.target_vp = target_vp;
     }

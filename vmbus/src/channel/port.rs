@@ -17,6 +17,7 @@ use crate::ipc::hello::{PROTOCOL, check_protocol};
 use crate::ipc::{PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
 use crate::journal::{Journal, JournalError, SaveError};
 use crate::mem::{Access, Gpn, GuestRam, PAGE_BYTES, PagedArea, RamLayout, SharedMap};
+use crate::record::{EventKind, Recorder};
 use crate::ring::split_channel;
 
 /// Limit: GPADLs of one device. Each channel has one for its rings, netvsp two more for its buffers.
@@ -102,6 +103,7 @@ pub struct Port {
     attached: Option<Attached>,
     gpadls: BTreeMap<u32, Gpadl>,
     channels: BTreeMap<u32, Channel>,
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl Port {
@@ -122,7 +124,13 @@ impl Port {
             attached: None,
             gpadls: BTreeMap::new(),
             channels: BTreeMap::new(),
+            recorder: None,
         })
+    }
+
+    /// Records what the endpoints do. To be called before the first one is opened.
+    pub fn set_recorder(&mut self, recorder: Arc<Recorder>) {
+        self.recorder = Some(recorder);
     }
 
     /// Guest RAM; `None` before [`PortEvent::Attached`].
@@ -391,6 +399,7 @@ impl Port {
                 interrupt,
                 event_flags,
                 target_vp,
+                recorder: self.recorder.clone(),
             };
             Endpoint::open(name, parts, &self.journal, fresh).map_err(|fault: OpenFault| fault.to_string())
         });
@@ -488,6 +497,13 @@ impl Port {
 
     fn report_broken(&mut self, name: ChannelName, why: String) -> Result<(), PeerFault> {
         tracing::warn!(channel = name.channel, why, "the guest broke a channel");
+        if let Some(recorder) = &self.recorder {
+            recorder.record(
+                EventKind::ChannelBroken,
+                name.sub_index,
+                u64::from(name.open_epoch),
+            );
+        }
         let ChannelName {
             channel, open_epoch, ..
         } = name;

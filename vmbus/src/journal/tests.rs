@@ -168,7 +168,7 @@ proptest! {
     #[test]
     fn any_image_gives_an_error_or_indexes_within_the_rings_and_each_slot_once(
         seqs in prop::array::uniform4(prop_oneof![0..20u64, any::<u64>()]),
-        words in prop::array::uniform4(prop_oneof![(0..1024u64).prop_map(|n| n * 8 | n << 35), any::<u64>()]),
+        words in prop::array::uniform4(prop_oneof![(0..1024u64).prop_map(|n| (n * 8) | (n << 35)), any::<u64>()]),
         write_index in prop_oneof![(0..1024u32).prop_map(|n| n * 8), any::<u32>()],
         slots in prop::collection::vec(any_slot(), 0..40),
     ) {

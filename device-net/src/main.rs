@@ -1,1 +1,83 @@
-fn main() {}
+//! The program `bulkhead-net`. Started by the supervisor with its control socket as descriptor 3.
+#![forbid(unsafe_code)]
+
+use anyhow::Result;
+use device_net::backend::Backend;
+use device_net::backend::stream::Stream;
+use device_net::backend::tap::Tap;
+use device_net::config::{BackendKind, NicConfig};
+use device_net::server::{Server, ServerError};
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use vmbus::channel::Port;
+use vmbus::ipc::PeerFault;
+use vmbus::ipc::server_start::Start;
+
+fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bulkhead-net: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> Result<()> {
+    let control = sandbox::inherited_control_fd()?;
+    let mut start = Start::receive(control)?;
+    match prepare(&mut start) {
+        Ok(room) => room.run(start),
+        Err(error) => {
+            start.fail(format!("{error:#}"))?;
+            Err(error)
+        }
+    }
+}
+
+/// Everything that needs more rights than the server will have.
+struct Room {
+    report: String,
+    config: NicConfig,
+    backend: Box<dyn Backend>,
+    vcpu: OwnedFd,
+    journal: OwnedFd,
+}
+
+fn prepare(start: &mut Start) -> Result<Room> {
+    start.init_logging()?;
+    let config = NicConfig::parse(&start.config)?;
+    let vcpu = start.fds.take("vcpu")?;
+    let journal = start.fds.take("journal")?;
+    let fd = start.fds.take(&config.fd)?;
+    std::mem::take(&mut start.fds).finish()?;
+    let backend: Box<dyn Backend> = match config.backend {
+        BackendKind::Tap => Box::new(Tap::new(fd)?),
+        BackendKind::Stream => Box::new(Stream::new(fd)?),
+    };
+    let options = sandbox::Options {
+        require_full: start.require_full_sandbox,
+    };
+    let report = sandbox::enter(&sandbox::profile::net(), &options)?;
+    let report = serde_json::to_string(&report)?;
+    Ok(Room {
+        report,
+        config,
+        backend,
+        vcpu,
+        journal,
+    })
+}
+
+impl Room {
+    fn run(self, start: Start) -> Result<()> {
+        let generation = start.generation;
+        let control = start.ready(self.report)?;
+        let port = Port::new(self.vcpu, self.journal, generation)?;
+        match Server::new(control, port, &self.config, self.backend)?.run() {
+            // The VM is over.
+            Err(ServerError::Vcpu(PeerFault::Eof) | ServerError::Supervisor(PeerFault::Eof)) => Ok(()),
+            result => Ok(result?),
+        }
+    }
+}

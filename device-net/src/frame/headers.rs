@@ -79,6 +79,26 @@ impl Headers {
             .add_word(transport_bytes as u16)
     }
 
+    /// The input of the RSS hash: addresses, then ports of TCP (NDIS documentation, "RSS hashing types"). Returns the
+    /// bytes and how many of them count.
+    pub fn flow(&self, frame: &[u8]) -> ([u8; 36], usize) {
+        let addresses = match self.network {
+            Network::V4 => self.network_offset + 12..self.network_offset + 20,
+            Network::V6 => self.network_offset + 8..self.network_offset + 40,
+        };
+        let ports = match self.transport {
+            Some(Transport::Tcp) => self.transport_offset..self.transport_offset + 4,
+            Some(Transport::Udp) | None => 0..0,
+        };
+        let mut flow = [0u8; 36];
+        let mut bytes = 0;
+        for part in [frame.get(addresses), frame.get(ports)].into_iter().flatten() {
+            flow[bytes..bytes + part.len()].copy_from_slice(part);
+            bytes += part.len();
+        }
+        (flow, bytes)
+    }
+
     /// Length of the transport part (header and data) according to the IP header, if the frame is that long.
     pub fn transport_bytes(&self, frame: &[u8]) -> Option<usize> {
         let end = match self.network {

@@ -102,24 +102,22 @@ impl Credits {
         }
     }
 
-    /// All free but those that a predecessor left with the guest.
-    pub fn recovered(count: u32, held: impl Iterator<Item = u16>) -> Result<Self, RecoveredCreditFault> {
-        let mut credits = Self::new(count);
-        for suballocation in held {
-            if usize::from(suballocation) >= credits.count {
+    /// A predecessor left these with the guest. To be called before the first one is drawn.
+    pub fn mark_held(&mut self, held: &[u16]) -> Result<(), RecoveredCreditFault> {
+        for &suballocation in held {
+            if usize::from(suballocation) >= self.count {
                 return Err(RecoveredCreditFault::Beyond(suballocation));
             }
-            if credits.is_in_use(suballocation) {
+            if self.is_in_use(suballocation) {
                 return Err(RecoveredCreditFault::HeldTwice(suballocation));
             }
-            credits.set_in_use(suballocation);
+            self.set_in_use(suballocation);
         }
-        let in_use = std::mem::take(&mut credits.in_use);
-        credits
-            .free
+        let in_use = std::mem::take(&mut self.in_use);
+        self.free
             .retain(|&index| in_use[usize::from(index) / 64] & (1 << (index % 64)) == 0);
-        credits.in_use = in_use;
-        Ok(credits)
+        self.in_use = in_use;
+        Ok(())
     }
 
     pub fn count(&self) -> usize {
@@ -225,14 +223,6 @@ impl<H> Default for Outstanding<H> {
     }
 }
 
-/// A place in the table and the transaction id that goes with it.
-#[must_use]
-#[derive(Debug)]
-pub struct Place {
-    index: u16,
-    pub transaction_id: u64,
-}
-
 impl<H> Outstanding<H> {
     pub fn count(&self) -> usize {
         self.packets.len() - self.vacant.len()
@@ -247,45 +237,39 @@ impl<H> Outstanding<H> {
             .sum()
     }
 
-    /// A place for one more packet; `None` at [`PACKETS_HELD_MAX`]. Low half of the id: the place, from 1. High half:
-    /// a number that differs from the place's last user, so a late duplicate hits nobody.
-    pub fn reserve(&mut self) -> Option<Place> {
-        let index = match self.vacant.pop() {
-            Some(index) => index,
-            None if self.packets.len() < PACKETS_HELD_MAX => {
-                self.packets.push(None);
-                (self.packets.len() - 1) as u16
-            }
+    /// The id for the next packet that is to be held; `None` at [`PACKETS_HELD_MAX`]. Low half: its place in the table,
+    /// from 1. High half: a number that differs from the place's last user, so a late duplicate hits nobody.
+    pub fn next_transaction_id(&self) -> Option<u64> {
+        let index = match self.vacant.last() {
+            Some(&index) => index,
+            None if self.packets.len() < PACKETS_HELD_MAX => self.packets.len() as u16,
             None => return None,
         };
+        Some((u64::from(self.sequence.wrapping_add(1)) << 32) | (u64::from(index) + 1))
+    }
+
+    /// The packet with [`Self::next_transaction_id`] was staged.
+    pub fn hold(&mut self, transaction_id: u64, suballocations: &[u16], held: H) {
+        assert_eq!(
+            Some(transaction_id),
+            self.next_transaction_id(),
+            "one packet is held after the other"
+        );
+        let index = match self.vacant.pop() {
+            Some(index) => usize::from(index),
+            None => {
+                self.packets.push(None);
+                self.packets.len() - 1
+            }
+        };
         self.sequence = self.sequence.wrapping_add(1);
-        Some(Place {
-            index,
-            transaction_id: (u64::from(self.sequence) << 32) | (u64::from(index) + 1),
-        })
-    }
-
-    /// An empty list for the packet's sub-allocations.
-    pub fn spare_list(&mut self) -> Vec<u16> {
-        self.spare_lists.pop().unwrap_or_default()
-    }
-
-    /// The packet was staged.
-    pub fn hold(&mut self, place: Place, suballocations: Vec<u16>, held: H) {
-        self.packets[usize::from(place.index)] = Some(HeldPacket {
-            transaction_id: place.transaction_id,
-            suballocations,
+        let mut list = self.spare_lists.pop().unwrap_or_default();
+        list.extend_from_slice(suballocations);
+        self.packets[index] = Some(HeldPacket {
+            transaction_id,
+            suballocations: list,
             held,
         });
-    }
-
-    /// The packet could not be staged.
-    pub fn cancel(&mut self, place: Place, mut suballocations: Vec<u16>, credits: &mut Credits) {
-        for suballocation in suballocations.drain(..) {
-            credits.put_back(suballocation);
-        }
-        self.spare_lists.push(suballocations);
-        self.vacant.push(place.index);
     }
 
     /// The guest completed a packet: its sub-allocations begin to return.
@@ -328,6 +312,13 @@ impl<H> Outstanding<H> {
         Ok(())
     }
 
+    /// The guest took the receive buffer away while it held packets: their completions will return nothing.
+    pub fn orphan_all(&mut self) {
+        for packet in self.packets.iter_mut().flatten() {
+            packet.suballocations.clear();
+        }
+    }
+
     /// The channel is closed: the guest's claim on the buffer ended with it.
     pub fn forget_all(&mut self, credits: &mut Credits) -> Vec<H> {
         let mut all = Vec::new();
@@ -350,8 +341,8 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn send(outstanding: &mut Outstanding<()>, credits: &mut Credits, frames: usize) -> Option<u64> {
-        let place = outstanding.reserve()?;
-        let mut list = outstanding.spare_list();
+        let id = outstanding.next_transaction_id()?;
+        let mut list = Vec::new();
         for _ in 0..frames {
             match credits.draw_for_data() {
                 Some(index) => list.push(index),
@@ -359,11 +350,9 @@ mod tests {
             }
         }
         if list.is_empty() {
-            outstanding.cancel(place, list, credits);
             return None;
         }
-        let id = place.transaction_id;
-        outstanding.hold(place, list, ());
+        outstanding.hold(id, &list, ());
         Some(id)
     }
 
@@ -427,33 +416,35 @@ mod tests {
 
     #[test]
     fn a_successor_draws_only_what_the_guest_does_not_hold() {
-        let mut credits = Credits::recovered(40, [0u16, 7, 39].into_iter()).expect("valid");
+        let mut credits = Credits::new(40);
+        credits.mark_held(&[0, 7, 39]).expect("valid");
         assert_eq!(credits.free_count(), 37);
         let drawn: BTreeSet<u16> = std::iter::from_fn(|| credits.draw_for_control()).collect();
         assert_eq!(drawn.len(), 37);
         assert!([0, 7, 39].iter().all(|held| !drawn.contains(held)));
         assert_eq!(
-            Credits::recovered(40, [40].into_iter()).err(),
-            Some(RecoveredCreditFault::Beyond(40))
+            Credits::new(40).mark_held(&[40]),
+            Err(RecoveredCreditFault::Beyond(40))
         );
         assert_eq!(
-            Credits::recovered(40, [1, 1].into_iter()).err(),
-            Some(RecoveredCreditFault::HeldTwice(1))
+            Credits::new(40).mark_held(&[1, 1]),
+            Err(RecoveredCreditFault::HeldTwice(1))
         );
     }
 
     #[test]
     fn restored_packets_settle_under_their_old_id() {
-        let mut credits = Credits::recovered(64, [3u16, 4].into_iter()).expect("valid");
+        let mut credits = Credits::new(64);
+        credits.mark_held(&[3, 4]).expect("valid");
         let mut outstanding = Outstanding::default();
         let id = (9u64 << 32) | 6;
         assert_eq!(outstanding.restore(id, vec![3, 4], "token"), Ok(()));
         assert_eq!(outstanding.restore(id, vec![], "again"), Err("again"));
         assert_eq!(outstanding.restore(9 << 32, vec![], "no place"), Err("no place"));
         assert_eq!(outstanding.count(), 1);
-        let place = outstanding.reserve().expect("room");
-        assert_ne!(place.transaction_id as u32, 6);
-        assert!(place.transaction_id >> 32 > 9);
+        let next = outstanding.next_transaction_id().expect("room");
+        assert_ne!(next as u32, 6);
+        assert!(next >> 32 > 9);
         assert_eq!(outstanding.settle(id, &mut credits), Ok("token"));
         credits.commit_returns();
         assert_eq!(credits.free_count(), 64);

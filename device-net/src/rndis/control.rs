@@ -101,6 +101,8 @@ impl Adapter {
             number::INITIALIZE => {
                 let (request, _) = InitializeRequest::read_from_prefix(body).map_err(|_| too_short(16))?;
                 self.initialized = true;
+                // The guest asks for it as soon as it is initialized.
+                self.link_told = Some(traits.link_up);
                 Ok(Some(initialize_complete(request.request_id)))
             }
             number::HALT => {

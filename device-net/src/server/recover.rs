@@ -1,0 +1,232 @@
+//! Channels that open, fresh or left by a predecessor, and channels that close.
+
+use super::ServerError;
+use super::channel::Channel;
+use super::nic::Nic;
+use super::saved::{Saved, State, parse_suballocations, slot};
+use crate::netvsp::receive::Credits;
+use crate::netvsp::wire::{HostMessage, NvspStatus};
+use vmbus::channel::{Endpoint, Port, Recovered, RecoveredHeld, RecoveredRequest};
+use vmbus::mem::GuestRam;
+
+impl Nic {
+    pub fn on_attached(&mut self, ram: Option<&GuestRam>) {
+        self.ram = ram.cloned();
+    }
+
+    /// A channel is open. A sub-channel that comes before its primary waits for it.
+    pub fn on_channel_opened(
+        &mut self,
+        port: &Port,
+        endpoint: Box<Endpoint>,
+        recovered: Recovered,
+    ) -> Result<(), ServerError> {
+        let index = endpoint.sub_index();
+        if index != 0 && self.primary_epoch.is_none() {
+            self.early.push((endpoint, recovered));
+            return Ok(());
+        }
+        if index == 0 {
+            self.on_primary_opened(port, &endpoint, recovered.fresh)?;
+        }
+        let mut channel = Channel::new(endpoint);
+        let held = self.restore_held(&mut channel, recovered.held);
+        if let Err(why) = held {
+            channel.broken = Some(why);
+        }
+        self.channels.insert(index, channel);
+        self.awaited.remove(&index);
+        if index != 0 && !self.state.open_sub_channels.contains(&index) {
+            self.state.open_sub_channels.push(index);
+            self.save(port)?;
+        }
+        for request in recovered.requests {
+            self.replay(port, index, request)?;
+        }
+        if index == 0 {
+            // Granted, but whether the offers went out nobody knows; asking again changes nothing.
+            self.offer = self
+                .state
+                .session
+                .agreement()
+                .map(|agreement| agreement.sub_channels)
+                .filter(|&count| count > 0);
+            for (endpoint, recovered) in std::mem::take(&mut self.early) {
+                self.on_channel_opened(port, endpoint, recovered)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins the protocol anew, or goes on where the predecessor was.
+    fn on_primary_opened(
+        &mut self,
+        port: &Port,
+        endpoint: &Endpoint,
+        fresh: bool,
+    ) -> Result<(), ServerError> {
+        let epoch = endpoint.open_epoch();
+        self.primary_epoch = Some(epoch);
+        let saved = if fresh {
+            Ok(None)
+        } else {
+            port.load_state::<Saved>(epoch)
+        };
+        self.state = match saved {
+            Ok(Some(Saved::V1(state))) => state,
+            Ok(None) => State::default(),
+            Err(error) => {
+                tracing::error!("the saved state of the predecessor cannot be read: {error}");
+                State::default()
+            }
+        };
+        if fresh {
+            self.save(port)?;
+        }
+        self.awaited = self.state.open_sub_channels.iter().copied().collect();
+        self.awaited.retain(|index| !self.channels.contains_key(index));
+        self.receive_buffer = None;
+        self.send_buffer = None;
+        self.credits = Credits::default();
+        if let Some(agreement) = self.state.session.agreement().cloned() {
+            if let Some(buffer) = agreement.receive_buffer
+                && let Some(area) = port.gpadl(buffer.gpadl)
+            {
+                self.credits = Credits::new(buffer.suballocation_count);
+                self.receive_buffer = Some((buffer, area));
+            }
+            if let Some(buffer) = agreement.send_buffer {
+                self.send_buffer = port.gpadl(buffer.gpadl).map(|area| (buffer, area));
+            }
+        }
+        // Whether the guest heard of a change of the link is not known.
+        if let Some(message) = self.state.adapter.on_link(self.traits.link_up) {
+            self.responses
+                .push_back(super::control::Response { token: None, message });
+        }
+        Ok(())
+    }
+
+    /// Takes over the packets that the guest has not given back.
+    fn restore_held(&mut self, channel: &mut Channel, held: Vec<RecoveredHeld>) -> Result<(), String> {
+        for RecoveredHeld { token, payload } in held {
+            let mut numbers = parse_suballocations(&payload)
+                .filter(|_| token.kind() == slot::RECEIVED)
+                .ok_or("the journal names packets to the guest that are none")?;
+            if self.receive_buffer.is_some() {
+                self.credits
+                    .mark_held(&numbers)
+                    .map_err(|fault| fault.to_string())?;
+            } else {
+                // Revoked while the guest held them.
+                numbers.clear();
+            }
+            let transaction_id = token.transaction_id();
+            channel
+                .outstanding
+                .restore(transaction_id, numbers, token)
+                .map_err(|_| format!("the journal names a packet {transaction_id:#x} that cannot be"))?;
+        }
+        Ok(())
+    }
+
+    /// A request that was taken and not answered.
+    fn replay(&mut self, port: &Port, index: u16, request: RecoveredRequest) -> Result<(), ServerError> {
+        let RecoveredRequest { token, payload } = request;
+        match token.kind() {
+            // Control messages are taken on the primary only.
+            slot::NVSP if index == 0 => self.replay_nvsp(port, token, &payload),
+            slot::RNDIS if index == 0 => self.on_rndis(port, index, Some(token), &payload),
+            // Its frames may have been sent, or are lost, as frames may be.
+            _ => {
+                if let Some(channel) = self.channels.get_mut(&index) {
+                    let answer = HostMessage::RndisPacketComplete {
+                        status: NvspStatus::SUCCESS,
+                    }
+                    .emit();
+                    let completed = channel.endpoint.complete(token, &answer);
+                    channel.check(completed);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Ends serving a channel, whatever is in flight on it. `None`: it is not open.
+    pub fn close_channel(&mut self, port: &Port, index: u16) -> Result<Option<Endpoint>, ServerError> {
+        if let Some(place) = self
+            .early
+            .iter()
+            .position(|(endpoint, _)| endpoint.sub_index() == index)
+        {
+            let (endpoint, recovered) = self.early.swap_remove(place);
+            for request in recovered.requests {
+                request.token.abandon();
+            }
+            return Ok(Some(*endpoint));
+        }
+        self.handover_is_over();
+        let Some(mut channel) = self.channels.remove(&index) else {
+            return Ok(None);
+        };
+        for work in std::mem::take(&mut self.batch) {
+            abandon(work.into_token());
+        }
+        let (gone, left) = std::mem::take(&mut self.queued)
+            .into_iter()
+            .partition::<std::collections::VecDeque<_>, _>(|transmission| transmission.channel == index);
+        self.queued = left;
+        for transmission in gone {
+            abandon(transmission.token);
+            self.keep_spans(transmission.spans);
+        }
+        channel.discard_assembled(&mut self.credits);
+        // Tokens of packets to the guest may simply be dropped with their channel.
+        drop(channel.outstanding.forget_all(&mut self.credits));
+        if index == 0 {
+            for response in self.responses.drain(..) {
+                abandon(response.token);
+            }
+            self.state = State::default();
+            self.receive_buffer = None;
+            self.send_buffer = None;
+            self.primary_epoch = None;
+            self.offer = None;
+            // Sub-channels are closed before their primary; should one be left, the buffer is not its any more.
+            for channel in self.channels.values_mut() {
+                channel.discard_assembled(&mut self.credits);
+                channel.outstanding.orphan_all();
+            }
+            self.credits = Credits::default();
+        } else {
+            self.state.open_sub_channels.retain(|&open| open != index);
+            self.save(port)?;
+        }
+        Ok(Some(*channel.endpoint))
+    }
+
+    /// The guest takes a buffer back, or a ring.
+    pub fn on_gpadl_teardown(&mut self, port: &Port, gpadl: u32) -> Result<(), ServerError> {
+        self.handover_is_over();
+        let effects = self.state.session.on_gpadl_teardown(gpadl);
+        if effects.is_empty() {
+            return Ok(());
+        }
+        self.save(port)?;
+        for effect in effects {
+            self.carry_out(port, effect);
+        }
+        Ok(())
+    }
+
+    /// Every channel is closed, and with it all that the guest had given.
+    pub fn on_quiesced(&mut self) {
+        self.credits = Credits::default();
+    }
+}
+
+fn abandon(token: Option<vmbus::channel::Token>) {
+    if let Some(token) = token {
+        token.abandon();
+    }
+}

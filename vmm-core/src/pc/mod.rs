@@ -1,0 +1,14 @@
+//! The little that is left of a PC: where things lie in guest memory, how Linux is started, what ACPI tells it,
+//! the serial console, and the ports for power.
+//!
+//! There is no firmware, no PCI, no PIT, no RTC, no keyboard controller. The guest is started directly by the
+//! 64-bit boot protocol; hardware-reduced ACPI describes the processors, the I/O APIC, one serial port and the
+//! VMBus device. Whatever else it probes answers all-ones.
+//!
+//! Pure, but for `boot.rs`, which reads kernel and initrd from their descriptors straight into guest RAM.
+
+pub mod acpi;
+pub mod boot;
+pub mod memory_map;
+pub mod ports;
+pub mod serial;

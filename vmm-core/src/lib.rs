@@ -6,3 +6,4 @@ pub mod hyperv;
 #[expect(unsafe_code)]
 pub mod kvm;
 pub mod pc;
+pub mod run;

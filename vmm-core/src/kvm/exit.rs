@@ -28,14 +28,10 @@ pub enum Exit<'a> {
     MmioRead { data: &'a mut [u8] },
     /// A store to an address without RAM.
     MmioWrite,
-    /// RDMSR of an MSR that the filter sends here. `fault`: 1 for #GP.
-    ReadMsr {
-        msr: u32,
-        value: &'a mut u64,
-        fault: &'a mut u8,
-    },
-    /// WRMSR of one.
-    WriteMsr { msr: u32, value: u64, fault: &'a mut u8 },
+    /// RDMSR of an MSR that the filter sends here; see `RunningVcpu::answer_msr`.
+    ReadMsr { msr: u32 },
+    /// WRMSR of one; see `RunningVcpu::fault_msr`.
+    WriteMsr { msr: u32, value: u64 },
     /// A signal, or nothing in particular.
     Interrupted,
     /// Triple fault.

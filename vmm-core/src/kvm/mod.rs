@@ -52,6 +52,11 @@ impl KvmError {
         }
     }
 
+    /// An error of the host that is not KVM's, met while doing something for the VM.
+    pub fn host(attempt: &'static str, source: io::Error) -> Self {
+        Self::new(attempt, source)
+    }
+
     /// From the error type of `kvm-ioctls`.
     fn ioctl(attempt: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::new(attempt, io::Error::from_raw_os_error(error.errno()))

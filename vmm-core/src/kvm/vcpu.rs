@@ -220,15 +220,10 @@ impl RunningVcpu {
             },
             Ok(VcpuExit::MmioRead(_, data)) => Exit::MmioRead { data },
             Ok(VcpuExit::MmioWrite(..)) => Exit::MmioWrite,
-            Ok(VcpuExit::X86Rdmsr(exit)) => Exit::ReadMsr {
-                msr: exit.index,
-                value: exit.data,
-                fault: exit.error,
-            },
+            Ok(VcpuExit::X86Rdmsr(exit)) => Exit::ReadMsr { msr: exit.index },
             Ok(VcpuExit::X86Wrmsr(exit)) => Exit::WriteMsr {
                 msr: exit.index,
                 value: exit.data,
-                fault: exit.error,
             },
             Ok(VcpuExit::Shutdown) => Exit::Shutdown,
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Exit::Interrupted,
@@ -247,6 +242,18 @@ impl RunningVcpu {
     pub fn set_r9(&mut self, value: u64) {
         self.vcpu.fd.sync_regs_mut().regs.r9 = value;
         self.vcpu.fd.set_sync_dirty_reg(SyncReg::Register);
+    }
+
+    /// Answers the RDMSR that the vCPU has just exited with.
+    pub fn answer_msr(&mut self, value: u64) {
+        // SAFETY: the page is mapped while `self` lives; KVM reads the field on the next KVM_RUN, if it asked for it.
+        unsafe { (*self.vcpu.page.as_ptr()).__bindgen_anon_1.msr.data = value };
+    }
+
+    /// Lets the RDMSR or WRMSR that the vCPU has just exited with end in #GP.
+    pub fn fault_msr(&mut self) {
+        // SAFETY: as in `answer_msr`.
+        unsafe { (*self.vcpu.page.as_ptr()).__bindgen_anon_1.msr.error = 1 };
     }
 
     /// The guest's TSC now.

@@ -4,6 +4,9 @@
 //! ACPI describes sleep control, sleep status and reset (`acpi.rs`). Linux tries others when it is told to, or when
 //! ACPI fails: the keyboard controller's pulse of the reset line, and port 0xCF9. All ports that nobody claims
 //! read as all-ones, as on a bus without a device.
+//!
+//! Only accesses of one byte have an effect: port 0xCF9 lies within the four bytes of the PCI address port, and Linux's
+//! probe for PCI writes those at once.
 
 /// Sleep control register (ACPI 6.5 section 4.8.3.7).
 pub const SLEEP_CONTROL: u16 = 0x0600;
@@ -32,7 +35,7 @@ pub enum Power {
     Reset,
 }
 
-/// The effect of writing `value` to `port`; `None` for ports and values without one.
+/// The effect of writing the byte `value` to `port`; `None` for ports and values without one.
 pub fn write(port: u16, value: u8) -> Option<Power> {
     match port {
         SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && (value >> 2) & 7 == SLEEP_TYPE_OFF => Some(Power::Off),

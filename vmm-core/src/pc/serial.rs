@@ -125,7 +125,7 @@ impl io::Write for OutputEnd {
 }
 
 /// The interrupt line, edge-triggered: an irqfd.
-struct InterruptLine(EventFd);
+struct InterruptLine(Arc<EventFd>);
 
 impl Trigger for InterruptLine {
     type E = io::Error;
@@ -136,6 +136,8 @@ impl Trigger for InterruptLine {
 
 /// The 16550 and its input queue.
 pub struct Console {
+    output: Arc<Output>,
+    interrupt: Arc<EventFd>,
     serial: Serial<InterruptLine, NoEvents, OutputEnd>,
     input: VecDeque<u8>,
     /// Written when a full input queue has room again.
@@ -146,12 +148,27 @@ pub struct Console {
 impl Console {
     /// A serial port in its reset state. `interrupt` is an irqfd on [`COM1_GSI`].
     pub fn new(output: Arc<Output>, interrupt: EventFd, room: EventFd) -> Self {
+        let interrupt = Arc::new(interrupt);
+        let serial = Serial::new(InterruptLine(interrupt.clone()), OutputEnd(output.clone()));
         Self {
-            serial: Serial::new(InterruptLine(interrupt), OutputEnd(output)),
+            output,
+            interrupt,
+            serial,
             input: VecDeque::new(),
             room,
             input_was_full: false,
         }
+    }
+
+    /// Resets the port, as a reset of the machine does. Input that waits is for the next boot.
+    pub fn reset(&mut self) {
+        let output = OutputEnd(self.output.clone());
+        self.serial = Serial::new(InterruptLine(self.interrupt.clone()), output);
+    }
+
+    /// Bytes that the guest printed, and how many of them were dropped.
+    pub fn output_counters(&self) -> (u64, u64) {
+        self.output.counters()
     }
 
     /// Whether the port is one of ours.

@@ -1,0 +1,149 @@
+#![forbid(unsafe_code)]
+//! The program `bulkhead-vcpu`: runs the guest's processors, and knows no device.
+//!
+//! | thread | does | waits for |
+//! | --- | --- | --- |
+//! | `vcpu0`, `vcpu1`, … | KVM_RUN and the answers to its exits ([`processor`]) | the guest, one short lock |
+//! | control (the first) | sockets, timers, console input, the life of the VM ([`control`]) | its epoll |
+//! | `console` | writes what the guest printed | whoever reads it |
+//! | `populate` | asks for huge pages while the guest starts, then ends | the kernel |
+//!
+//! Between them stands [`machine::Machine`] behind one lock. The pure cores ([`crate::hyperv`], [`crate::bus`],
+//! [`crate::pc`]) decide; the files here carry out, through [`crate::kvm`], sockets and eventfds.
+//!
+//! The order at the start: `Start` with all descriptors; the sandbox, while there is one thread; guest RAM, kernel,
+//! VM and vCPUs; threads; `Ready`; devices; `Run`. No path is opened, ever.
+//!
+//! What does not pass through here: a kick goes from the guest by KVM to the server, an interrupt from the server
+//! by KVM to the guest, and data lies in memory that both map.
+
+mod console;
+mod control;
+mod gate;
+mod links;
+mod machine;
+mod partition;
+mod populate;
+mod power;
+mod processor;
+mod signals;
+mod start;
+mod timers;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use vmbus::ipc::{ExitCause, Socket, VcpuToSupervisor};
+use vmbus::mem::RamLayout;
+
+use self::console::{Input, Writer};
+use self::control::{Control, Parts};
+use self::gate::Gate;
+use self::links::{Links, Source};
+use self::machine::Machine;
+use self::partition::Pages;
+use self::power::Hardware;
+use self::processor::Shared;
+use self::start::Start;
+use self::timers::Timers;
+use crate::bus::Bus;
+use crate::kvm::{Event, GuestMapping, Kvm, install_kick_handler};
+use crate::pc::serial::{Console, Output};
+
+/// The program. `control` is the socket to the supervisor.
+pub fn main(control: OwnedFd) -> ExitCode {
+    let mut socket = Socket::new(control);
+    let control = match start::receive(&mut socket).and_then(|start| build(start, &mut socket)) {
+        Ok(control) => control,
+        Err(error) => {
+            let message = format!("{error:#}");
+            tracing::error!("{message}");
+            // If the supervisor is gone, too, the exit status says it.
+            socket.send(&VcpuToSupervisor::Failed { message }, &[]).ok();
+            return ExitCode::FAILURE;
+        }
+    };
+    match control.run() {
+        ExitCause::Fault { message } => {
+            tracing::error!("{message}");
+            ExitCode::FAILURE
+        }
+        ExitCause::PowerOff | ExitCause::Reset | ExitCause::Quit | ExitCause::Console => ExitCode::SUCCESS,
+    }
+}
+
+/// Locks the process in, makes the machine, and says ready.
+fn build(start: Start, socket: &mut Socket) -> anyhow::Result<Control> {
+    let config = start.config;
+    start::init_logging(&config.log)?;
+    let options = sandbox::Options {
+        require_full: config.require_full_sandbox,
+    };
+    let report = sandbox::enter(&sandbox::profile::vcpu(), &options)?;
+    install_kick_handler()?;
+
+    let layout = RamLayout::for_size(config.memory_bytes);
+    let memory = Arc::new(GuestMapping::new(layout.clone())?);
+    let populated = populate::prepare(&memory, config.populate)?;
+    let pages = Arc::new(Pages::new(config.vcpus)?);
+    let (serial_interrupt, button) = (Event::new()?, Event::new()?);
+    let (attention, console_room) = (Event::new()?, Event::new()?);
+    let output = Arc::new(Output::default());
+    let console = Console::new(
+        output.clone(),
+        serial_interrupt.try_clone()?.into_inner(),
+        console_room.try_clone()?.into_inner(),
+    );
+    let hardware = Hardware {
+        kvm: Kvm::new(start.kvm)?,
+        memory: memory.clone(),
+        pages: pages.clone(),
+        vp_count: config.vcpus,
+        kernel: start.kernel,
+        kernel_format: config.kernel_format,
+        initrd: start.initrd,
+        command_line: config.cmdline,
+        serial_interrupt,
+        button,
+    };
+    let (partition, vcpus) = hardware.power_on()?;
+
+    let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
+    let links = Links::new(socket.as_fd().try_clone_to_owned()?, epoll.clone())?;
+    let timers = Timers::new()?;
+    for (fd, source) in [
+        (timers.as_fd(), Source::Timer),
+        (attention.as_fd(), Source::Attention),
+        (console_room.as_fd(), Source::ConsoleRoom),
+    ] {
+        epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.token()))?;
+    }
+    let bus = Bus::new(config.vcpus, layout);
+    let machine = Machine::new(
+        partition,
+        bus,
+        links,
+        timers,
+        memory,
+        pages,
+        attention.try_clone()?,
+    );
+    let gate = Gate::new(attention.try_clone()?);
+    let shared = Arc::new(Shared::new(machine, console, gate, attention, config.vcpus));
+    let parts = Parts {
+        input: Input::new(start.console_in, &epoll),
+        writer: Writer::start(start.console_out, output)?,
+        shared,
+        epoll,
+        hardware,
+        console_room,
+        on_reset: config.on_reset,
+        populated,
+    };
+    let control = Control::new(parts, vcpus)?;
+    let report = serde_json::to_string(&report)?;
+    socket.send(&VcpuToSupervisor::Ready { report }, &[])?;
+    Ok(control)
+}

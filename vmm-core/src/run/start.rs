@@ -1,0 +1,106 @@
+#![forbid(unsafe_code)]
+//! From the supervisor's `Start` to a machine that only needs to be told to run.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use vmbus::ipc::hello::check_protocol;
+use vmbus::ipc::server_start::NamedFds;
+use vmbus::ipc::{Message, PeerFault, Socket, SupervisorToVcpu, VcpuConfig};
+
+use crate::hyperv::MAX_VPS;
+
+/// Limit: less is no room for a kernel beside what we put below 16 MiB.
+const MIN_MEMORY_BYTES: u64 = 32 << 20;
+/// Limit: 46 bits of guest-physical address, which every x86-64 processor with KVM has, less the hole.
+const MAX_MEMORY_BYTES: u64 = 32 << 40;
+/// RAM comes in huge pages.
+const MEMORY_STEP_BYTES: u64 = 2 << 20;
+
+/// What the supervisor handed over.
+pub struct Start {
+    pub config: VcpuConfig,
+    pub kvm: OwnedFd,
+    pub kernel: File,
+    pub initrd: Option<File>,
+    pub console_in: Option<OwnedFd>,
+    pub console_out: Option<OwnedFd>,
+}
+
+/// Waits for `Start`. The socket is the one place where this process waits, before it has anything else to do.
+pub fn receive(socket: &mut Socket) -> anyhow::Result<Start> {
+    let (message, fds) = loop {
+        match socket.recv::<SupervisorToVcpu>()? {
+            Some(received) => break received,
+            None => wait_readable(socket)?,
+        }
+    };
+    let SupervisorToVcpu::Start {
+        protocol,
+        config,
+        fds: names,
+    } = message
+    else {
+        let why = "Start comes first";
+        return Err(PeerFault::OutOfTurn {
+            message: message.name(),
+            why,
+        }
+        .into());
+    };
+    check_protocol(protocol)?;
+    let mut fds = NamedFds::new(names, fds)?;
+    let start = Start {
+        kvm: fds.take("kvm")?,
+        kernel: File::from(fds.take("kernel")?),
+        initrd: fds.take_optional("initrd").map(File::from),
+        console_in: fds.take_optional("console-in"),
+        console_out: fds.take_optional("console-out"),
+        config,
+    };
+    fds.finish()?;
+    check(&start.config)?;
+    Ok(start)
+}
+
+/// Starts logging to standard error.
+pub fn init_logging(filter: &str) -> anyhow::Result<()> {
+    let targets: Targets = filter
+        .parse()
+        .map_err(|error| anyhow::anyhow!("log filter \"{filter}\": {error}"))?;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time();
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(targets)
+        .try_init()?;
+    Ok(())
+}
+
+fn check(config: &VcpuConfig) -> anyhow::Result<()> {
+    if !(1..=MAX_VPS).contains(&config.vcpus) {
+        anyhow::bail!("a VM has 1 to {MAX_VPS} vCPUs, not {}", config.vcpus);
+    }
+    let bytes = config.memory_bytes;
+    if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&bytes) || !bytes.is_multiple_of(MEMORY_STEP_BYTES) {
+        anyhow::bail!("guest memory of {bytes} bytes is not 32 MiB or more in steps of 2 MiB");
+    }
+    Ok(())
+}
+
+fn wait_readable(socket: &Socket) -> nix::Result<()> {
+    match poll(
+        &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+        PollTimeout::NONE,
+    ) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

@@ -7,3 +7,4 @@ pub mod hyperv;
 pub mod kvm;
 pub mod pc;
 pub mod run;
+pub mod spec;

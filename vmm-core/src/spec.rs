@@ -16,7 +16,7 @@ use vmbus::ipc::{OnReset, Populate};
 
 pub use device::{CacheMode, DiskSource, DiskSpec, NetBackend, NetSpec};
 pub use file::{FileError, read_file};
-pub use value::{Console, Mac, Name, OnCrash, Size, Vcpus};
+pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Size, Vcpus};
 
 /// Limit: the least in which a Linux kernel and its initrd get as far as a message.
 const MIN_MEMORY: Size = Size(32 << 20);

@@ -86,7 +86,9 @@ const UNITS: [(char, u64); 4] = [('T', 1 << 40), ('G', 1 << 30), ('M', 1 << 20),
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let unit = UNITS.iter().find(|(_, bytes)| self.0 != 0 && self.0 % bytes == 0);
+        let unit = UNITS
+            .iter()
+            .find(|(_, bytes)| self.0 != 0 && self.0.is_multiple_of(*bytes));
         match unit {
             Some((letter, bytes)) => write!(f, "{}{letter}", self.0 / bytes),
             None => write!(f, "{} bytes", self.0),

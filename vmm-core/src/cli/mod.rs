@@ -1,0 +1,144 @@
+#![forbid(unsafe_code)]
+//! The command line of `bulkhead`.
+
+mod doctor;
+mod run;
+mod talk;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::spec::Name;
+use crate::supervisor::report::{EXIT_STATUS_HELP, say};
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  bulkhead run --kernel vmlinuz --initrd initrd.img --memory 512M
+  bulkhead run --kernel vmlinuz --disk root.img --net user --cmdline 'console=ttyS0 root=/dev/sda'
+  bulkhead run --config web.toml --vcpus 4
+
+A file says the same as the flags:
+  name = \"web\"
+  kernel = \"vmlinuz\"          # relative to the file
+  memory = \"1G\"
+  vcpus = 2
+  [[disk]]
+  path = \"root.img\"
+  [[net]]
+  tap = \"tap0\"
+";
+
+#[derive(Parser)]
+#[command(
+    name = "bulkhead",
+    version,
+    about = "Runs Linux guests with each device in a sandboxed process of its own"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a VM until it ends
+    #[command(after_help = format!("{RUN_EXAMPLES}\n{EXIT_STATUS_HELP}"))]
+    Run(Box<run::RunArgs>),
+    /// Say what this host can do for VMs, and what to do about what is missing
+    Doctor,
+    /// List the VMs of this user that run
+    List,
+    /// Show what the processes of a running VM know about themselves
+    Inspect {
+        /// The VM's name
+        vm: Name,
+        /// Show only what begins with this, for example vcpu.bus or disk0
+        path: Option<String>,
+    },
+    /// End a running VM at once, or press its power button
+    Stop {
+        /// The VM's name
+        vm: Name,
+        /// Press the power button, and leave the rest to the guest
+        #[arg(long)]
+        power_button: bool,
+    },
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => return run::run(*args),
+        Command::Doctor => return doctor::doctor(),
+        Command::List => talk::list(),
+        Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),
+        Command::Stop { vm, power_button } => talk::stop(&vm, power_button),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Where the other programs are: beside this one.
+fn programs() -> std::io::Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    Ok(this.parent().map(PathBuf::from).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn refused(args: &[&str]) -> String {
+        let all = ["bulkhead", "run"].iter().chain(args);
+        match Cli::try_parse_from(all) {
+            Ok(_) => panic!("{args:?} is accepted"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn mistakes_in_flags_are_named() {
+        for (args, part) in [
+            (&["--memory", "512"][..], "\"512\" is no size"),
+            (&["--vcpus", "65"], "65 virtual processors"),
+            (
+                &["--disk", "path=a,raedonly"],
+                "\"raedonly\" is nothing that is said of a disk",
+            ),
+            (&["--net", "user,mac=1"], "\"1\" is no MAC address"),
+            (
+                &["--console", "stdio", "--console", "none"],
+                "cannot be used multiple times",
+            ),
+            (&["--on-crash", "explode"], "say report or exit"),
+            (&["--name", "../x"], "is no name for a VM"),
+        ] {
+            let said = refused(args);
+            assert!(said.contains(part), "{args:?}: {said}");
+        }
+    }
+
+    #[test]
+    fn help_says_the_exit_statuses() {
+        let mut command = Cli::command();
+        let run = command.find_subcommand_mut("run").expect("there is a run");
+        assert!(
+            run.render_long_help()
+                .to_string()
+                .contains("3      the guest's kernel crashed")
+        );
+    }
+}

@@ -1,0 +1,205 @@
+#![forbid(unsafe_code)]
+//! The folder of a running VM: `/run/bulkhead/NAME`, or `$XDG_RUNTIME_DIR/bulkhead/NAME` for a normal user.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `lock` | locked as long as the VM runs; holds the supervisor's process id |
+//! | `control` | the socket that `bulkhead list`, `inspect` and `stop` talk to |
+//!
+//! A folder whose lock is free was left by a supervisor that was killed; the next VM of that name takes it over.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+
+use crate::spec::Name;
+
+/// The folder of a VM, ours until this is dropped.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    /// Held by its existence.
+    _lock: Flock<File>,
+}
+
+/// Where the folders of this user's VMs are.
+pub fn base() -> PathBuf {
+    if geteuid().is_root() {
+        return "/run/bulkhead".into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) if !runtime.is_empty() => PathBuf::from(runtime).join("bulkhead"),
+        _ => format!("/tmp/bulkhead-{}", geteuid()).into(),
+    }
+}
+
+/// The control socket of a VM below `base`.
+pub fn control_socket(base: &Path, name: &Name) -> PathBuf {
+    base.join(name.as_str()).join("control")
+}
+
+impl Folder {
+    /// Takes the folder of that name below `base`, which is made if need be.
+    pub fn take(base: &Path, name: &Name) -> Result<Self> {
+        make_base(base)?;
+        let path = base.join(name.as_str());
+        // Somebody who ends may remove the folder between any two of our steps: try again then, with a limit against
+        // somebody who does nothing else.
+        for _ in 0..100 {
+            match make_folder(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                made => made.with_context(|| format!("cannot make {}", path.display()))?,
+            }
+            let lock_path = path.join("lock");
+            let opened = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&lock_path);
+            let file = match opened {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                opened => opened.with_context(|| format!("cannot open {}", lock_path.display()))?,
+            };
+            let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => lock,
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(in_use(name, &lock_path)),
+                Err((_, errno)) => bail!("cannot lock {}: {}", lock_path.display(), errno.desc()),
+            };
+            if !is_same_file(&lock, &lock_path) {
+                continue;
+            }
+            remove_contents_but_lock(&path).with_context(|| format!("cannot clear {}", path.display()))?;
+            lock.set_len(0)?;
+            writeln!(lock, "{}", std::process::id())?;
+            return Ok(Folder { path, _lock: lock });
+        }
+        bail!("cannot take {}: it is removed again and again", path.display())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // The lock is still held: nobody else has moved in. What cannot be removed now, the next of that name clears.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+fn in_use(name: &Name, lock_path: &Path) -> String {
+    match fs::read_to_string(lock_path) {
+        Ok(text) if !text.trim().is_empty() => {
+            format!(
+                "a VM named {name} runs already (process {}); give this one another --name",
+                text.trim()
+            )
+        }
+        _ => format!("a VM named {name} runs already; give this one another --name"),
+    }
+}
+
+/// The folder of all VMs. In a shared place like /tmp it must be ours: another user's could be exchanged under us.
+fn make_base(base: &Path) -> Result<()> {
+    make_folder(base).with_context(|| format!("cannot make {}", base.display()))?;
+    let metadata =
+        fs::symlink_metadata(base).with_context(|| format!("cannot look at {}", base.display()))?;
+    let open_to_others = metadata.permissions().mode() & 0o022 != 0;
+    if !metadata.is_dir() || metadata.uid() != geteuid().as_raw() || open_to_others {
+        bail!(
+            "{} is not a folder that only this user may change: remove it",
+            base.display()
+        );
+    }
+    Ok(())
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+fn is_same_file(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+fn remove_contents_but_lock(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_name() == "lock" {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> Name {
+        "web".parse().expect("a name")
+    }
+
+    #[test]
+    fn a_name_is_taken_once_and_free_again_afterwards() {
+        let place = tempfile::tempdir().expect("a folder");
+        let base = place.path().join("bulkhead");
+        let first = Folder::take(&base, &name()).expect("free");
+        let refused = Folder::take(&base, &name()).expect_err("taken").to_string();
+        assert_eq!(
+            refused,
+            format!(
+                "a VM named web runs already (process {}); give this one another --name",
+                std::process::id()
+            )
+        );
+        drop(first);
+        assert!(!base.join("web").exists());
+        Folder::take(&base, &name()).expect("free again");
+    }
+
+    #[test]
+    fn what_a_killed_supervisor_left_is_cleared() {
+        let place = tempfile::tempdir().expect("a folder");
+        let base = place.path().join("bulkhead");
+        let left = base.join("web");
+        fs::create_dir_all(left.join("net0")).expect("made");
+        fs::write(left.join("control"), "").expect("made");
+        fs::write(left.join("lock"), "1\n").expect("made");
+        let folder = Folder::take(&base, &name()).expect("nobody holds the lock");
+        let names: Vec<_> = fs::read_dir(folder.path())
+            .expect("readable")
+            .map(|entry| entry.expect("an entry").file_name())
+            .collect();
+        assert_eq!(names, ["lock"]);
+    }
+
+    #[test]
+    fn a_base_that_others_may_change_is_refused() {
+        let place = tempfile::tempdir().expect("a folder");
+        let base = place.path().join("bulkhead");
+        fs::create_dir(&base).expect("made");
+        fs::set_permissions(&base, fs::Permissions::from_mode(0o777)).expect("changed");
+        let refused = Folder::take(&base, &name()).expect_err("open to all").to_string();
+        assert!(refused.contains("only this user may change"), "{refused}");
+    }
+}

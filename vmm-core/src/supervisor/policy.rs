@@ -1,0 +1,127 @@
+#![forbid(unsafe_code)]
+//! When a server that died gets a successor. Pure.
+//!
+//! The first death after a calm time is answered at once: the guest waits. Each further one waits longer, and a server
+//! that does nothing but die is held: its device stays silent, the VM lives, and a person is told.
+
+use std::collections::VecDeque;
+
+/// A server that ran so long has been calm: what happened before is forgotten for the pause.
+const CALM_MS: u64 = 10_000;
+
+/// The pauses before a restart, by the number of deaths since the last calm time; the last one is for all further deaths.
+/// The guest's disk driver notices nothing below a second.
+const PAUSES_MS: [u64; 7] = [0, 20, 100, 250, 500, 1000, 2000];
+
+/// So many deaths within [`LOOP_WINDOW_MS`] are a loop: no successor will fare better.
+const LOOP_DEATHS: usize = 10;
+const LOOP_WINDOW_MS: u64 = 60_000;
+
+const _: () = assert!(LOOP_DEATHS > PAUSES_MS.len());
+
+/// What is remembered of a room's servers. Times are in milliseconds of any clock that does not go back.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// The last deaths, the newest at the back.
+    deaths: VecDeque<u64>,
+    since_calm: usize,
+}
+
+/// What follows a death.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// A successor is started after this pause.
+    Restart { after_ms: u64 },
+    /// None is started.
+    Hold { deaths: usize, within_ms: u64 },
+}
+
+impl History {
+    /// A server that was started at `started_ms` died at `now_ms`.
+    pub fn on_death(&mut self, started_ms: u64, now_ms: u64) -> Decision {
+        if now_ms.saturating_sub(started_ms) >= CALM_MS {
+            self.since_calm = 0;
+        }
+        self.deaths.push_back(now_ms);
+        while let Some(&oldest) = self.deaths.front()
+            && now_ms.saturating_sub(oldest) > LOOP_WINDOW_MS
+        {
+            self.deaths.pop_front();
+        }
+        if self.deaths.len() >= LOOP_DEATHS {
+            return Decision::Hold {
+                deaths: self.deaths.len(),
+                within_ms: LOOP_WINDOW_MS,
+            };
+        }
+        let index = self.since_calm.min(PAUSES_MS.len() - 1);
+        self.since_calm = self.since_calm.saturating_add(1);
+        Decision::Restart {
+            after_ms: PAUSES_MS[index],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn restart(after_ms: u64) -> Decision {
+        Decision::Restart { after_ms }
+    }
+
+    #[test]
+    fn the_first_death_is_answered_at_once() {
+        assert_eq!(History::default().on_death(0, 5), restart(0));
+    }
+
+    #[test]
+    fn further_deaths_wait_longer_up_to_a_limit_and_a_loop_is_held() {
+        let mut history = History::default();
+        let mut now = 0;
+        let mut pauses = Vec::new();
+        let held = loop {
+            match history.on_death(now, now + 10) {
+                Decision::Restart { after_ms } => {
+                    pauses.push(after_ms);
+                    now += 10 + after_ms;
+                }
+                hold @ Decision::Hold { .. } => break hold,
+            }
+        };
+        assert_eq!(pauses, [0, 20, 100, 250, 500, 1000, 2000, 2000, 2000]);
+        assert_eq!(
+            held,
+            Decision::Hold {
+                deaths: 10,
+                within_ms: 60_000
+            }
+        );
+    }
+
+    #[test]
+    fn a_calm_time_makes_the_next_restart_quick_again() {
+        let mut history = History::default();
+        history.on_death(0, 1);
+        assert_eq!(history.on_death(1, 2), restart(20));
+        assert_eq!(history.on_death(100, 100 + CALM_MS), restart(0));
+        assert_eq!(history.on_death(20_000, 20_001), restart(20));
+    }
+
+    #[test]
+    fn rare_deaths_are_never_a_loop() {
+        let mut history = History::default();
+        for hour in 0..1000 {
+            let now = hour * 3_600_000;
+            assert_eq!(history.on_death(now, now + CALM_MS), restart(0));
+        }
+        assert!(history.deaths.len() <= LOOP_DEATHS);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_is_no_trouble() {
+        let mut history = History::default();
+        assert_eq!(history.on_death(5, 0), restart(0));
+        assert_eq!(history.on_death(u64::MAX, u64::MAX), restart(20));
+    }
+}

@@ -1,0 +1,282 @@
+#![forbid(unsafe_code)]
+//! A process of ours that runs: its end (pidfd), its control socket, and the lines that it logs.
+//!
+//! Nothing here waits. A child is believed nothing: its lines are cut, stripped of control characters and limited in
+//! rate; its messages are decoded by `vmbus::ipc`.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
+use vmbus::ipc::{Socket, pair};
+
+/// Limit: characters of a line; the rest of a longer one follows as another line.
+const MAX_LINE: usize = 1000;
+
+/// Limit: lines a second of one process.
+const LINES_PER_SECOND: u32 = 200;
+
+/// Limit: the last lines, for the report of a death.
+const TAIL_LINES: usize = 10;
+
+/// A running child.
+#[derive(Debug)]
+pub struct Process {
+    pub child: Child,
+    /// `None` for a program that is not ours.
+    pub control: Option<Socket>,
+    pub log: LogPipe,
+    pub started: Instant,
+}
+
+impl Process {
+    /// Starts a program of ours in a jail that it completes itself. `index` tells the VM's processes apart.
+    pub fn start(program: &Path, index: u32) -> Result<Self> {
+        let (ours, theirs) = pair().context("cannot make a socket pair")?;
+        let (log, stderr) = pipe().context("cannot make a pipe")?;
+        let child = sandbox::spawn(Spawn {
+            program: program.to_owned(),
+            args: Vec::new(),
+            env: passed_on(),
+            fds: vec![(theirs, sandbox::sys::fds::CONTROL)],
+            namespaces: Namespaces::all(),
+            stderr: Some(stderr),
+            identity: Identity::own(index),
+        })
+        .with_context(|| format!("cannot start {}", program.display()))?;
+        Ok(Process {
+            child,
+            control: Some(Socket::new(ours)),
+            log: LogPipe::new(log),
+            started: Instant::now(),
+        })
+    }
+
+    /// A program that has no control socket.
+    pub fn without_control(child: Child, log: OwnedFd) -> Self {
+        Process {
+            child,
+            control: None,
+            log: LogPipe::new(log),
+            started: Instant::now(),
+        }
+    }
+
+    /// How it ended, if it did. Somebody else who reaped it (nobody should) counts as an end.
+    pub fn ended(&mut self) -> Option<ExitCause> {
+        self.child.try_wait().unwrap_or(Some(ExitCause::Exited(-1)))
+    }
+
+    /// Kills it; its end shows at the pidfd.
+    pub fn kill(&self) {
+        // A process that cannot be killed has ended.
+        let _ = self.child.kill();
+    }
+
+    /// New lines that it logged.
+    pub fn lines(&mut self) -> Vec<String> {
+        self.log.read()
+    }
+}
+
+/// What of our environment the children get.
+fn passed_on() -> Vec<(OsString, OsString)> {
+    const NAMES: [&str; 1] = ["RUST_BACKTRACE"];
+    NAMES
+        .iter()
+        .filter_map(|name| Some((name.into(), std::env::var_os(name)?)))
+        .collect()
+}
+
+/// A pipe whose reading end does not block: (reading, writing).
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reading, writing) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    fcntl(&reading, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok((reading, writing))
+}
+
+/// The reading end of a child's standard error.
+#[derive(Debug)]
+pub struct LogPipe {
+    /// `None`: nothing more will come.
+    pub fd: Option<OwnedFd>,
+    partial: Vec<u8>,
+    budget: Budget,
+    tail: VecDeque<String>,
+}
+
+impl LogPipe {
+    fn new(fd: OwnedFd) -> Self {
+        LogPipe {
+            fd: Some(fd),
+            partial: Vec::new(),
+            budget: Budget::new(Instant::now()),
+            tail: VecDeque::new(),
+        }
+    }
+
+    /// Whole lines; at the end also an unfinished one.
+    fn read(&mut self) -> Vec<String> {
+        let mut buffer = [0; 4096];
+        let Some(fd) = &self.fd else {
+            return Vec::new();
+        };
+        let open = match nix::unistd::read(fd.as_fd(), &mut buffer) {
+            Ok(0) => false,
+            Ok(length) => {
+                self.partial.extend(buffer.iter().take(length));
+                true
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => true,
+            Err(_) => false,
+        };
+        let mut lines = Vec::new();
+        while let Some(line) = next_line(&mut self.partial, !open) {
+            if self.tail.len() == TAIL_LINES {
+                self.tail.pop_front();
+            }
+            self.tail.push_back(line.clone());
+            match self.budget.spend(Instant::now()) {
+                Spent::Yes => lines.push(line),
+                Spent::FirstRefused => lines.push("(logs too much: some lines are left out)".to_owned()),
+                Spent::No => {}
+            }
+        }
+        if !open {
+            self.fd = None;
+        }
+        lines
+    }
+
+    /// The last lines, the oldest first.
+    pub fn tail(&self) -> Vec<String> {
+        self.tail.iter().cloned().collect()
+    }
+}
+
+/// Takes a line from the front. With `all`, an unfinished one counts.
+fn next_line(bytes: &mut Vec<u8>, all: bool) -> Option<String> {
+    let newline = bytes.iter().take(MAX_LINE).position(|&byte| byte == b'\n');
+    let (length, skip) = match newline {
+        Some(at) => (at, at + 1),
+        None if bytes.len() >= MAX_LINE => (MAX_LINE, MAX_LINE),
+        None if all && !bytes.is_empty() => (bytes.len(), bytes.len()),
+        None => return None,
+    };
+    let rest = bytes.split_off(skip);
+    let line = std::mem::replace(bytes, rest);
+    let text = String::from_utf8_lossy(line.get(..length).unwrap_or_default()).into_owned();
+    Some(printable(&text))
+}
+
+/// Without control characters: a child must not be able to write escape sequences to a person's terminal.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| {
+            if c.is_control() && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+/// A rate of lines.
+#[derive(Debug)]
+struct Budget {
+    second: Instant,
+    spent: u32,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Spent {
+    Yes,
+    FirstRefused,
+    No,
+}
+
+impl Budget {
+    fn new(now: Instant) -> Self {
+        Budget {
+            second: now,
+            spent: 0,
+        }
+    }
+
+    fn spend(&mut self, now: Instant) -> Spent {
+        if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
+            *self = Budget::new(now);
+        }
+        self.spent = self.spent.saturating_add(1);
+        match self.spent {
+            0..=LINES_PER_SECOND => Spent::Yes,
+            spent if spent == LINES_PER_SECOND + 1 => Spent::FirstRefused,
+            _ => Spent::No,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_cut_and_cleaned() {
+        let mut bytes = b"one\ntwo \x1b[31mred\nthr".to_vec();
+        assert_eq!(next_line(&mut bytes, false).as_deref(), Some("one"));
+        assert_eq!(
+            next_line(&mut bytes, false).as_deref(),
+            Some("two \u{fffd}[31mred")
+        );
+        assert_eq!(next_line(&mut bytes, false), None);
+        bytes.extend(b"ee");
+        assert_eq!(next_line(&mut bytes, true).as_deref(), Some("three"));
+        assert_eq!(next_line(&mut bytes, true), None);
+        let mut long = vec![b'x'; 2500];
+        let lengths: Vec<_> = std::iter::from_fn(|| next_line(&mut long, true))
+            .map(|line| line.len())
+            .collect();
+        assert_eq!(lengths, [1000, 1000, 500]);
+    }
+
+    #[test]
+    fn a_flood_of_lines_is_cut_to_a_rate() {
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
+        let spent: Vec<_> = (0..1000).map(|_| budget.spend(start)).collect();
+        assert_eq!(spent.iter().filter(|spent| **spent == Spent::Yes).count(), 200);
+        assert_eq!(
+            spent
+                .iter()
+                .filter(|spent| **spent == Spent::FirstRefused)
+                .count(),
+            1
+        );
+        assert_eq!(budget.spend(start + Duration::from_secs(1)), Spent::Yes);
+    }
+
+    #[test]
+    fn what_a_child_said_last_is_kept() {
+        let (reading, writing) = pipe().expect("a pipe");
+        let mut log = LogPipe::new(reading);
+        assert_eq!(log.read(), Vec::<String>::new());
+        for number in 0..12 {
+            nix::unistd::write(&writing, format!("line {number}\n").as_bytes()).expect("written");
+        }
+        nix::unistd::write(&writing, b"last words").expect("written");
+        drop(writing);
+        assert_eq!(log.read().len(), 12);
+        assert_eq!(log.read(), ["last words"]);
+        assert!(log.fd.is_none());
+        assert_eq!(log.tail().len(), TAIL_LINES);
+        assert_eq!(log.tail().last().map(String::as_str), Some("last words"));
+    }
+}

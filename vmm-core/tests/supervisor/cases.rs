@@ -1,0 +1,519 @@
+#![forbid(unsafe_code)]
+//! The tests.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use vmm_core::supervisor::control::{Reply, Request, connect_to};
+
+/// Limit: for everything that a test waits for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub const ALL: &[(&str, fn())] = &[
+    (
+        "a_guest_that_powers_off_ends_the_vm_with_status_0",
+        a_guest_that_powers_off_ends_the_vm_with_status_0,
+    ),
+    (
+        "what_is_typed_reaches_the_guest_as_it_is",
+        what_is_typed_reaches_the_guest_as_it_is,
+    ),
+    (
+        "a_server_that_dies_gets_a_successor",
+        a_server_that_dies_gets_a_successor,
+    ),
+    (
+        "a_server_that_is_accused_gets_a_successor",
+        a_server_that_is_accused_gets_a_successor,
+    ),
+    (
+        "a_server_that_talks_nonsense_gets_a_successor",
+        a_server_that_talks_nonsense_gets_a_successor,
+    ),
+    (
+        "a_start_that_fails_says_why_with_status_1",
+        a_start_that_fails_says_why_with_status_1,
+    ),
+    (
+        "what_the_host_lacks_is_said_once_or_is_an_error",
+        what_the_host_lacks_is_said_once_or_is_an_error,
+    ),
+    (
+        "a_crash_of_the_guest_is_reported_with_status_3",
+        a_crash_of_the_guest_is_reported_with_status_3,
+    ),
+    (
+        "the_death_of_the_vcpu_process_ends_the_vm_with_status_4",
+        the_death_of_the_vcpu_process_ends_the_vm_with_status_4,
+    ),
+    (
+        "a_signal_ends_everything_in_order",
+        a_signal_ends_everything_in_order,
+    ),
+    ("a_vm_that_does_not_end_is_ended", a_vm_that_does_not_end_is_ended),
+    (
+        "the_control_socket_tells_inspects_and_stops",
+        the_control_socket_tells_inspects_and_stops,
+    ),
+    ("a_name_that_runs_is_refused", a_name_that_runs_is_refused),
+    (
+        "the_escape_ends_the_vm_and_the_terminal_is_as_before",
+        the_escape_ends_the_vm_and_the_terminal_is_as_before,
+    ),
+    ("a_signal_restores_the_terminal", a_signal_restores_the_terminal),
+    (
+        "mistakes_of_a_person_are_one_sentence",
+        mistakes_of_a_person_are_one_sentence,
+    ),
+];
+
+/// A place with played programs, a kernel and a folder for running VMs.
+struct Place {
+    folder: TempDir,
+}
+
+/// A supervisor that runs.
+struct Running {
+    child: Child,
+}
+
+/// A supervisor that ended.
+struct Ended {
+    status: ExitStatus,
+    stdout: String,
+    stderr: String,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let this = std::env::current_exe().expect("known");
+        for program in ["bulkhead-vcpu", "bulkhead-block"] {
+            symlink(&this, folder.path().join(program)).expect("linked");
+        }
+        std::fs::write(folder.path().join("kernel"), "a kernel").expect("written");
+        Place { folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn control(&self) -> PathBuf {
+        self.path("run/vm/control")
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        command
+            .args(["run", "--memory", "64M", "--name", "vm"])
+            .arg("--kernel")
+            .arg(self.path("kernel"))
+            .arg("--programs")
+            .arg(self.folder.path())
+            .arg("--run-folder")
+            .arg(self.path("run"))
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self, args: &[&str]) -> Running {
+        Running {
+            child: self.command(args).spawn().expect("started"),
+        }
+    }
+
+    fn run(&self, args: &[&str]) -> Ended {
+        let ended = self.start(args).wait();
+        assert!(!self.path("run/vm").exists(), "the folder is removed");
+        ended
+    }
+
+    /// Asks the supervisor, which may still be starting.
+    fn ask(&self, request: &Request) -> Vec<Reply> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut socket = loop {
+            // The socket's appearance is no event that one could wait for; it is looked for, with a deadline.
+            match connect_to(&self.control()) {
+                Ok(Some(socket)) => break socket,
+                Ok(None) | Err(_) if Instant::now() < deadline => std::thread::yield_now(),
+                other => panic!("no control socket: {other:?}"),
+            }
+        };
+        socket.send(request, &[]).expect("sent");
+        let mut replies = Vec::new();
+        loop {
+            match socket.recv::<Reply>() {
+                Ok(Some((reply, _))) => {
+                    let last = !matches!(reply, Reply::Entries(_));
+                    replies.push(reply);
+                    if last {
+                        return replies;
+                    }
+                }
+                Ok(None) => {
+                    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                    assert_ne!(poll(&mut fds, PollTimeout::from(30_000_u16)), Ok(0), "no answer");
+                }
+                Err(_) => return replies,
+            }
+        }
+    }
+
+    fn wait_until_it_runs(&self) -> Vec<(String, i32)> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match &self.ask(&Request::Status)[..] {
+                [Reply::Status { state, processes, .. }] if state == "running" => return processes.clone(),
+                other => assert!(Instant::now() < deadline, "{other:?}"),
+            }
+        }
+    }
+}
+
+impl Running {
+    fn wait(mut self) -> Ended {
+        let mut stdout = String::new();
+        let mut stderr = String::new();
+        if let Some(mut pipe) = self.child.stdout.take() {
+            pipe.read_to_string(&mut stdout).expect("read");
+        }
+        if let Some(mut pipe) = self.child.stderr.take() {
+            pipe.read_to_string(&mut stderr).expect("read");
+        }
+        let status = self.child.wait().expect("waited");
+        Ended {
+            status,
+            stdout,
+            stderr,
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("signalled");
+    }
+}
+
+impl Ended {
+    #[track_caller]
+    fn expect(&self, status: i32, stderr: &str) {
+        assert_eq!(self.status.code(), Some(status), "{}", self.stderr);
+        assert!(
+            self.stderr.contains(stderr),
+            "{:?} is not in {:?}",
+            stderr,
+            self.stderr
+        );
+    }
+}
+
+fn is_gone(process: i32) -> bool {
+    kill(Pid::from_raw(process), None).is_err()
+}
+
+fn a_guest_that_powers_off_ends_the_vm_with_status_0() {
+    let ended = Place::new().run(&[
+        "--cmdline",
+        "poweroff",
+        "--disk",
+        "memory=1M",
+        "--disk",
+        "memory=2M",
+    ]);
+    ended.expect(0, "");
+    assert_eq!(ended.stdout, "the guest runs\n");
+    assert_eq!(ended.stderr, "");
+}
+
+fn what_is_typed_reaches_the_guest_as_it_is() {
+    let place = Place::new();
+    let mut command = place.command(&["--cmdline", "echo"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().expect("started");
+    let typed = "\u{1}x is no escape here\n".repeat(10_000);
+    let mut stdin = child.stdin.take().expect("piped");
+    let text = typed.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(text.as_bytes()));
+    let ended = Running { child }.wait();
+    writer.join().expect("joined").expect("written");
+    ended.expect(0, "");
+    assert_eq!(ended.stdout, format!("the guest runs\n{typed}"));
+}
+
+fn a_server_that_dies_gets_a_successor() {
+    let ended = Place::new().run(&["--cmdline", "succeed", "--disk", "memory=1M"]);
+    ended.expect(
+        0,
+        "bulkhead: disk0 (server 1) killed by SIGABRT; its last words: \"I cannot go on\"",
+    );
+    assert!(ended.stdout.contains("a successor came"), "{:?}", ended.stdout);
+    assert!(
+        ended.stderr.contains("[disk0] I cannot go on"),
+        "{:?}",
+        ended.stderr
+    );
+}
+
+fn a_server_that_is_accused_gets_a_successor() {
+    let ended = Place::new().run(&["--cmdline", "accuse", "--disk", "memory=1M"]);
+    ended.expect(0, "disk0 (server 1) killed by SIGKILL (broke the protocol: lied)");
+    assert!(ended.stdout.contains("a successor came"), "{:?}", ended.stdout);
+}
+
+fn a_server_that_talks_nonsense_gets_a_successor() {
+    let ended = Place::new().run(&["--cmdline", "succeed", "--disk", "memory=1M,serial=nonsense"]);
+    ended.expect(
+        0,
+        "disk0 (server 1) killed by SIGKILL (does not speak our protocol",
+    );
+    assert!(ended.stdout.contains("a successor came"), "{:?}", ended.stdout);
+}
+
+fn a_start_that_fails_says_why_with_status_1() {
+    let place = Place::new();
+    place
+        .run(&["--cmdline", "fail"])
+        .expect(1, "bulkhead: there are no processors today\n");
+    let early = place.run(&["--cmdline", "die-early"]);
+    early.expect(
+        1,
+        "bulkhead: bulkhead-vcpu exited with status 7; its last words: \"oh no\"\n",
+    );
+    let server = place.run(&["--cmdline", "hang", "--disk", "memory=1M,serial=fail"]);
+    server.expect(1, "disk0 (server 1) exited with status 1 (the disk is on fire)\n");
+    std::fs::remove_file(place.path("bulkhead-block")).expect("removed");
+    let program = place.run(&["--cmdline", "hang", "--disk", "memory=1M"]);
+    program.expect(1, "bulkhead-block");
+}
+
+fn what_the_host_lacks_is_said_once_or_is_an_error() {
+    let place = Place::new();
+    let disks = [
+        "--disk",
+        "memory=1M,serial=lacking",
+        "--disk",
+        "memory=1M,serial=noisy",
+    ];
+    let said = place.run(&[&["--cmdline", "poweroff"], &disks[..]].concat());
+    said.expect(
+        0,
+        "this host lacks what a full sandbox needs: a wall against the north\n",
+    );
+    assert_eq!(said.stderr.matches("a wall against the north").count(), 1);
+    assert!(
+        said.stderr.contains("[disk1] red \u{fffd}[31m alert"),
+        "{:?}",
+        said.stderr
+    );
+    let refused = place.run(&[&["--cmdline", "poweroff", "--require-full-sandbox"], &disks[..]].concat());
+    refused.expect(
+        1,
+        "a full sandbox was asked for, and this host lacks: a wall against the north\n",
+    );
+    assert_eq!(refused.stdout, "");
+}
+
+fn a_crash_of_the_guest_is_reported_with_status_3() {
+    let ended = Place::new().run(&["--cmdline", "crash"]);
+    ended.expect(
+        3,
+        "the guest's kernel crashed: 0x1 0x2 0x3 0x4 0x5\n  | Kernel panic - not syncing: \u{fffd}[2Jplayed",
+    );
+}
+
+fn the_death_of_the_vcpu_process_ends_the_vm_with_status_4() {
+    let place = Place::new();
+    place
+        .run(&["--cmdline", "die", "--disk", "memory=1M"])
+        .expect(4, "bulkhead-vcpu killed by SIGABRT");
+    place
+        .run(&["--cmdline", "garbage", "--disk", "memory=1M"])
+        .expect(4, "it does not speak our protocol");
+}
+
+fn a_signal_ends_everything_in_order() {
+    for (signal, status) in [
+        (Signal::SIGTERM, 143),
+        (Signal::SIGINT, 130),
+        (Signal::SIGHUP, 129),
+    ] {
+        let place = Place::new();
+        let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
+        let processes = place.wait_until_it_runs();
+        assert_eq!(processes.len(), 2);
+        running.signal(signal);
+        running.wait().expect(status, "ended by signal");
+        assert!(processes.iter().all(|(_, process)| is_gone(*process)));
+        assert!(!place.path("run/vm").exists());
+    }
+}
+
+fn a_vm_that_does_not_end_is_ended() {
+    let place = Place::new();
+    let running = place.start(&[
+        "--cmdline",
+        "ignore-quit",
+        "--disk",
+        "memory=1M,serial=ignore-stop",
+    ]);
+    let processes = place.wait_until_it_runs();
+    running.signal(Signal::SIGTERM);
+    running.wait().expect(143, "");
+    assert!(processes.iter().all(|(_, process)| is_gone(*process)));
+}
+
+fn the_control_socket_tells_inspects_and_stops() {
+    let place = Place::new();
+    let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
+    place.wait_until_it_runs();
+    let replies = place.ask(&Request::Inspect);
+    let mut entries = Vec::new();
+    for reply in &replies {
+        match reply {
+            Reply::Entries(some) => entries.extend(some.clone()),
+            other => assert_eq!(*other, Reply::Done),
+        }
+    }
+    for (path, value) in [
+        ("vcpu.bus.connection", "played"),
+        ("disk0.generation", "1"),
+        ("supervisor.disk0.state", "serves"),
+        ("supervisor.state", "running"),
+    ] {
+        assert!(
+            entries.contains(&(path.to_owned(), value.to_owned())),
+            "{path} in {entries:?}"
+        );
+    }
+    assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
+    running.wait().expect(0, "");
+}
+
+fn a_name_that_runs_is_refused() {
+    let place = Place::new();
+    let running = place.start(&["--cmdline", "hang"]);
+    place.wait_until_it_runs();
+    place
+        .start(&["--cmdline", "hang"])
+        .wait()
+        .expect(1, "a VM named vm runs already (process ");
+    assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
+    running.wait().expect(0, "");
+}
+
+/// A supervisor on a terminal of its own.
+fn on_a_terminal(place: &Place) -> (Running, OwnedFd, OwnedFd) {
+    let pty = openpty(None, None).expect("a terminal");
+    let mut command = place.command(&["--cmdline", "hang"]);
+    let end = || Stdio::from(pty.slave.try_clone().expect("duplicated"));
+    let child = command.stdin(end()).stdout(end()).spawn().expect("started");
+    (Running { child }, pty.master, pty.slave)
+}
+
+fn the_escape_ends_the_vm_and_the_terminal_is_as_before() {
+    let place = Place::new();
+    let (running, master, slave) = on_a_terminal(&place);
+    place.wait_until_it_runs();
+    let raw = tcgetattr(&slave).expect("asked");
+    assert!(
+        !raw.local_flags
+            .intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
+    );
+    File::from(master.try_clone().expect("duplicated"))
+        .write_all(b"ls\r\x01x")
+        .expect("typed");
+    running.wait().expect(0, "");
+    let after = tcgetattr(&slave).expect("asked");
+    assert!(
+        after
+            .local_flags
+            .contains(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG)
+    );
+}
+
+fn a_signal_restores_the_terminal() {
+    let place = Place::new();
+    let (running, _master, slave) = on_a_terminal(&place);
+    place.wait_until_it_runs();
+    running.signal(Signal::SIGTERM);
+    running.wait().expect(143, "");
+    let after = tcgetattr(&slave).expect("asked");
+    assert!(after.local_flags.contains(LocalFlags::ICANON | LocalFlags::ECHO));
+}
+
+fn mistakes_of_a_person_are_one_sentence() {
+    let place = Place::new();
+    std::fs::write(place.path("wrong.toml"), "kernel = \"k\"\nvcpus = 99\n").expect("written");
+    let wrong = place.path("wrong.toml").display().to_string();
+    let folder = place.folder.path().display().to_string();
+    std::fs::write(place.path("disk"), [0; 4096]).expect("written");
+    let disk = place.path("disk").display().to_string();
+    for (args, status, sentence) in [
+        (
+            &["--config", &wrong][..],
+            2,
+            "wrong.toml:2:9: 99 virtual processors are not supported",
+        ),
+        (
+            &["--config", "/nonexistent"],
+            2,
+            "cannot read /nonexistent: No such file",
+        ),
+        (&["--memory", "16M"], 2, "cannot be used multiple times"),
+        (
+            &["--initrd", "/nonexistent"],
+            1,
+            "cannot open the initrd /nonexistent: No such file",
+        ),
+        (
+            &["--disk", &format!("path={folder}")],
+            1,
+            "is a folder: a raw file or a block device is needed",
+        ),
+        (
+            &["--disk", "path=/nonexistent"],
+            1,
+            "cannot open the disk /nonexistent: No such file",
+        ),
+        (
+            &[
+                "--disk",
+                &format!("path={disk}"),
+                "--disk",
+                &format!("path={disk}"),
+            ],
+            1,
+            "disks 1 and 2 are the same file",
+        ),
+        (
+            &["--net", "tap-fd=77"],
+            1,
+            "descriptor 77 was not handed over to bulkhead",
+        ),
+        (
+            &["--console", "file=/nonexistent/console"],
+            1,
+            "cannot write the console to /nonexistent/console",
+        ),
+    ] {
+        let ended = place.run(args);
+        ended.expect(status, sentence);
+        if status == 1 {
+            assert_eq!(ended.stderr.lines().count(), 1, "{:?}", ended.stderr);
+        }
+    }
+}

@@ -1,0 +1,258 @@
+#![forbid(unsafe_code)]
+//! The played children. What they do is said by the kernel's command line (`bulkhead-vcpu`) and by the disk's serial
+//! number (`bulkhead-block`).
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmbus::ipc::server_start::NamedFds;
+use vmbus::ipc::{
+    ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToServer, SupervisorToVcpu,
+    VcpuToSupervisor,
+};
+
+/// The next message; `None` at the end of the connection.
+fn next<M: Message>(socket: &mut Socket) -> Option<(M, Vec<OwnedFd>)> {
+    loop {
+        match socket.recv::<M>() {
+            Ok(Some(received)) => return Some(received),
+            Ok(None) => {
+                poll(
+                    &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+                    PollTimeout::NONE,
+                )
+                .expect("polled");
+            }
+            Err(PeerFault::Eof) => return None,
+            Err(fault) => panic!("{fault}"),
+        }
+    }
+}
+
+fn report(missing: &[&str]) -> String {
+    let missing = serde_json::to_string(missing).expect("JSON");
+    format!(
+        r#"{{"program":"played","namespaces":{},"root":"Host","uid":1,"gid":1,"nested_users_forbidden":false,"landlock":"Absent","seccomp":"Absent","missing":{missing}}}"#,
+        serde_json::to_string(&sandbox::Namespaces::none()).expect("JSON"),
+    )
+}
+
+fn control() -> Socket {
+    Socket::new(sandbox::inherited_control_fd().expect("started by a supervisor"))
+}
+
+pub fn vcpu() -> ExitCode {
+    let mut socket = control();
+    let Some((
+        SupervisorToVcpu::Start {
+            config, fds: names, ..
+        },
+        fds,
+    )) = next(&mut socket)
+    else {
+        return ExitCode::FAILURE;
+    };
+    let mut fds = NamedFds::new(names, fds).expect("named");
+    let mut console_in = File::from(fds.take("console-in").expect("there"));
+    let mut console_out = File::from(fds.take("console-out").expect("there"));
+    let play = config.cmdline.clone();
+    let say = |socket: &mut Socket, message: VcpuToSupervisor| {
+        // The supervisor may be gone; then there is nobody to play for.
+        socket.send(&message, &[]).ok();
+    };
+    if play == "fail" {
+        let message = "there are no processors today".to_owned();
+        say(&mut socket, VcpuToSupervisor::Failed { message });
+        return ExitCode::FAILURE;
+    }
+    if play == "die-early" {
+        eprintln!("oh no");
+        return ExitCode::from(7);
+    }
+    say(&mut socket, VcpuToSupervisor::Ready { report: report(&[]) });
+    let mut links = Vec::new();
+    let mut heard = Vec::new();
+    while let Some((message, mut fds)) = next::<SupervisorToVcpu>(&mut socket) {
+        heard.push(message.name());
+        match message {
+            SupervisorToVcpu::AddDevice { .. } | SupervisorToVcpu::ServerAttached { .. } => {
+                links.push(Socket::new(fds.pop().expect("a link")));
+            }
+            SupervisorToVcpu::Inspect => {
+                let entries = vec![("bus.connection".to_owned(), "played".to_owned())];
+                say(&mut socket, VcpuToSupervisor::Inspect { entries });
+            }
+            SupervisorToVcpu::Quit if play != "ignore-quit" => {
+                say(
+                    &mut socket,
+                    VcpuToSupervisor::Exited {
+                        cause: ExitCause::Quit,
+                    },
+                );
+                return ExitCode::SUCCESS;
+            }
+            SupervisorToVcpu::Run => {
+                writeln!(console_out, "the guest runs").expect("written");
+                match play.as_str() {
+                    "poweroff" => return power_off(&mut socket),
+                    "die" => std::process::abort(),
+                    "garbage" => {
+                        nix::unistd::write(&socket, b"garbage").expect("written");
+                    }
+                    "crash" => {
+                        let text = Some("Kernel panic - not syncing: \x1b[2Jplayed".to_owned());
+                        let crash = VcpuToSupervisor::GuestCrash {
+                            parameters: [1, 2, 3, 4, 5],
+                            text,
+                        };
+                        say(&mut socket, crash);
+                        say(
+                            &mut socket,
+                            VcpuToSupervisor::Exited {
+                                cause: ExitCause::Reset,
+                            },
+                        );
+                        return ExitCode::SUCCESS;
+                    }
+                    "echo" => {
+                        let mut text = String::new();
+                        console_in.read_to_string(&mut text).expect("read");
+                        write!(console_out, "{text}").expect("written");
+                        return power_off(&mut socket);
+                    }
+                    "accuse" => say(
+                        &mut socket,
+                        VcpuToSupervisor::ServerMisbehaves {
+                            device: 0,
+                            generation: 1,
+                            why: "lied".to_owned(),
+                        },
+                    ),
+                    // The sign for a played server to die.
+                    "succeed" => {
+                        nix::unistd::write(&links[0], b"die").expect("written");
+                    }
+                    _ => {}
+                }
+            }
+            SupervisorToVcpu::ServerGone {
+                device: 0,
+                generation: 1,
+            } => {}
+            _ => {}
+        }
+        if heard.ends_with(&["ServerGone", "ServerAttached"]) {
+            writeln!(console_out, "a successor came").expect("written");
+            return power_off(&mut socket);
+        }
+    }
+    ExitCode::FAILURE
+}
+
+fn power_off(socket: &mut Socket) -> ExitCode {
+    for message in [
+        VcpuToSupervisor::GuestPowerOff,
+        VcpuToSupervisor::Exited {
+            cause: ExitCause::PowerOff,
+        },
+    ] {
+        socket.send(&message, &[]).expect("sent");
+    }
+    ExitCode::SUCCESS
+}
+
+pub fn server() -> ExitCode {
+    let mut socket = control();
+    let Some((
+        SupervisorToServer::Start {
+            config,
+            generation,
+            fds: names,
+            ..
+        },
+        fds,
+    )) = next(&mut socket)
+    else {
+        return ExitCode::FAILURE;
+    };
+    assert_eq!(names, ["vcpu", "journal", "disk"]);
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    let play = config["disks"][0]["serial"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let missing: &[&str] = if play == "lacking" {
+        &["a wall against the north"]
+    } else {
+        &[]
+    };
+    match play.as_str() {
+        "fail" => {
+            let message = "the disk is on fire".to_owned();
+            socket
+                .send(&ServerToSupervisor::Failed { message }, &[])
+                .expect("sent");
+            return ExitCode::FAILURE;
+        }
+        "noisy" => eprintln!("red \x1b[31m alert"),
+        _ => {}
+    }
+    socket
+        .send(
+            &ServerToSupervisor::Ready {
+                report: report(missing),
+            },
+            &[],
+        )
+        .expect("sent");
+    let link = Socket::new(fds.into_iter().next().expect("the link"));
+    loop {
+        let ready = {
+            let mut list = [
+                PollFd::new(socket.as_fd(), PollFlags::POLLIN),
+                PollFd::new(link.as_fd(), PollFlags::POLLIN),
+            ];
+            poll(&mut list, PollTimeout::NONE).expect("polled");
+            list.map(|fd| fd.any().unwrap_or(false))
+        };
+        if ready[0] {
+            match next::<SupervisorToServer>(&mut socket) {
+                None | Some((SupervisorToServer::Stop, _)) if play != "ignore-stop" => {
+                    return ExitCode::SUCCESS;
+                }
+                Some((SupervisorToServer::Inspect, _)) => {
+                    let entries = vec![("generation".to_owned(), generation.to_string())];
+                    socket
+                        .send(&ServerToSupervisor::Inspect { entries }, &[])
+                        .expect("sent");
+                }
+                _ => {}
+            }
+        } else if ready[1] {
+            let mut sign = [0; 8];
+            if nix::unistd::read(&link, &mut sign) == Ok(0) {
+                // The vCPU process is gone; the supervisor will say what follows.
+                poll(
+                    &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+                    PollTimeout::NONE,
+                )
+                .expect("polled");
+                continue;
+            }
+            match (play.as_str(), generation) {
+                ("nonsense", 1) => {
+                    nix::unistd::write(&socket, b"nonsense").expect("written");
+                    std::thread::park();
+                }
+                (_, 1) => {
+                    eprintln!("I cannot go on");
+                    std::process::abort();
+                }
+                _ => std::thread::park(),
+            }
+        }
+    }
+}

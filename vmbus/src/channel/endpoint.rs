@@ -650,6 +650,12 @@ impl Endpoint {
         self.name
     }
 
+    /// Ends this opening because the guest broke it: no successor serves it either.
+    pub(super) fn give_up(self, journal: &Journal) -> ChannelName {
+        ChannelJournal::give_up(journal, self.name.sub_index, self.name.open_epoch);
+        self.name
+    }
+
     fn raise(&mut self) {
         self.interrupt.raise();
         self.record(EventKind::Interrupt, u64::from(self.interrupt.target_vp()));

@@ -15,7 +15,7 @@ use super::{MAX_CHANNELS, MAX_RELID};
 use crate::ipc::codec::DecodeError;
 use crate::ipc::hello::{PROTOCOL, check_protocol};
 use crate::ipc::{PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
-use crate::journal::{Journal, JournalError, SaveError};
+use crate::journal::{ChannelJournal, Journal, JournalError, SaveError};
 use crate::mem::{Access, Gpn, GuestRam, PAGE_BYTES, PagedArea, RamLayout, SharedMap};
 use crate::record::{EventKind, Recorder};
 use crate::ring::split_channel;
@@ -419,6 +419,7 @@ impl Port {
         match opened {
             Ok((endpoint, recovered)) => Ok(Some(PortEvent::ChannelOpened(Box::new(endpoint), recovered))),
             Err(why) => {
+                ChannelJournal::give_up(&self.journal, name.sub_index, name.open_epoch);
                 self.report_broken(name, why)?;
                 Ok(None)
             }
@@ -484,7 +485,7 @@ impl Port {
 
     /// The guest has broken the channel's rules; nothing of it is in flight any more. The other channels go on.
     pub fn channel_broken(&mut self, endpoint: Endpoint, why: String) -> Result<(), PeerFault> {
-        let name = endpoint.close();
+        let name = endpoint.give_up(&self.journal);
         match self.channels.get_mut(&name.channel) {
             Some(channel) if channel.state == ChannelState::Closing => self.forget(name),
             Some(channel) => {

@@ -389,7 +389,7 @@ fn held_packets_leave_half_of_the_slots_to_requests() {
 
 #[test]
 fn a_ring_fault_breaks_one_channel_and_no_other() {
-    let (mut guest, mut port, _journal) = setup();
+    let (mut guest, mut port, journal) = setup();
     let bad = guest.open_channel(SMALL).expect("a channel");
     let mut good = guest
         .open_channel(ChannelOptions {
@@ -430,6 +430,23 @@ fn a_ring_fault_breaks_one_channel_and_no_other() {
             .expect("the guest behaves")
             .is_some()
     );
+    // A successor does not begin it anew.
+    let mut successor = connect(&mut guest, &journal);
+    let taken_over = opened(&mut successor);
+    assert_eq!(
+        taken_over
+            .iter()
+            .map(|(endpoint, _)| endpoint.sub_index())
+            .collect::<Vec<_>>(),
+        [1]
+    );
+    assert!(
+        guest
+            .wait_broken(&bad, deadline())
+            .expect("reported")
+            .contains("given up")
+    );
+    let mut port = successor;
     // The guest closes the broken one: the port answers by itself.
     guest
         .send_raw(

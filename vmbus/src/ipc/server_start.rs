@@ -267,3 +267,131 @@ pub(crate) fn wait_readable(fd: BorrowedFd<'_>) -> Result<(), Errno> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ipc::hello::PROTOCOL;
+    use crate::vsc::{PlayedSupervisor, StartOptions};
+    use std::time::{Duration, Instant};
+
+    fn deadline() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    fn connected() -> (PlayedSupervisor, OwnedFd) {
+        let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
+        (PlayedSupervisor::new(ours), theirs)
+    }
+
+    #[test]
+    fn a_server_starts_answers_and_stops() {
+        let (mut supervisor, control) = connected();
+        let journal = PlayedSupervisor::new_journal().expect("a journal");
+        let options = StartOptions::new("disk0", "{}");
+        supervisor
+            .start(&options, &[("journal", journal.as_fd())])
+            .expect("sent");
+        let mut start = Start::receive(control).expect("a start");
+        assert_eq!(
+            (start.generation, &start.name[..], &start.config[..]),
+            (1, "disk0", "{}")
+        );
+        assert!(start.fds.take("journal").is_ok());
+        assert_eq!(
+            start.fds.take("vcpu").map(drop),
+            Err(StartError::MissingDescriptor("vcpu".to_owned()))
+        );
+        let mut control = start.ready("{}".to_owned()).expect("sent");
+        assert_eq!(supervisor.wait_ready(deadline()), Ok("{}".to_owned()));
+        let server = std::thread::spawn(move || {
+            let mut stopped = false;
+            while !stopped {
+                wait_readable(control.as_fd()).expect("poll");
+                for request in control.on_readable().expect("the supervisor behaves") {
+                    match request {
+                        ControlRequest::Stop => stopped = true,
+                        ControlRequest::Inspect => {
+                            control
+                                .inspect(vec![("a".to_owned(), "b".to_owned())])
+                                .expect("sent");
+                        }
+                    }
+                }
+            }
+        });
+        supervisor.ping(7, deadline()).expect("a pong");
+        assert_eq!(
+            supervisor.inspect(deadline()),
+            Ok(vec![("a".to_owned(), "b".to_owned())])
+        );
+        supervisor.stop().expect("sent");
+        server.join().expect("no panic");
+    }
+
+    #[test]
+    fn a_server_that_cannot_start_says_why() {
+        let (mut supervisor, control) = connected();
+        supervisor
+            .start(&StartOptions::new("disk0", "{}"), &[])
+            .expect("sent");
+        Start::receive(control)
+            .expect("a start")
+            .fail("no disk".to_owned())
+            .expect("sent");
+        assert_eq!(
+            supervisor.wait_ready(deadline()),
+            Err(crate::vsc::VscError::Failed("no disk".to_owned()))
+        );
+    }
+
+    #[test]
+    fn anything_but_a_start_in_our_protocol_is_refused() {
+        let start = |protocol, names: &[&str]| SupervisorToServer::Start {
+            protocol,
+            generation: 1,
+            name: String::new(),
+            config: String::new(),
+            require_full_sandbox: false,
+            log: String::new(),
+            fds: names.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        let receive = |message: &SupervisorToServer, fds: &[BorrowedFd<'_>]| {
+            let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
+            Socket::new(ours).send(message, fds).expect("sent");
+            Start::receive(theirs).map(drop)
+        };
+        let protocol = PeerFault::Protocol { theirs: PROTOCOL + 1 };
+        assert_eq!(
+            receive(&start(PROTOCOL + 1, &[]), &[]),
+            Err(StartError::Control(protocol))
+        );
+        assert!(matches!(
+            receive(&SupervisorToServer::Stop, &[]),
+            Err(StartError::Control(PeerFault::OutOfTurn { .. }))
+        ));
+        let journal = PlayedSupervisor::new_journal().expect("a journal");
+        let twice = receive(
+            &start(PROTOCOL, &["disk", "disk"]),
+            &[journal.as_fd(), journal.as_fd()],
+        );
+        assert_eq!(twice, Err(StartError::DuplicateDescriptor("disk".to_owned())));
+        let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
+        drop(ours);
+        assert_eq!(
+            Start::receive(theirs).map(drop),
+            Err(StartError::Control(PeerFault::Eof))
+        );
+    }
+
+    #[test]
+    fn a_descriptor_that_nobody_wants_is_an_error() {
+        let journal = PlayedSupervisor::new_journal().expect("a journal");
+        let fds = NamedFds::new(vec!["extra".to_owned()], vec![journal]).expect("one name");
+        assert_eq!(
+            fds.finish(),
+            Err(StartError::UnusedDescriptor("extra".to_owned()))
+        );
+        assert_eq!(NamedFds::default().finish(), Ok(()));
+    }
+}

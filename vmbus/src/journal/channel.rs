@@ -71,8 +71,12 @@ impl ChannelJournal {
         let base = layout::channel(sub_index);
         let map = journal.map.clone();
         let load = |offset: u64| map.load_u64(base + offset, Ordering::Acquire).expect(IN_RANGE);
-        if load(layout::EPOCH) != u64::from(open_epoch) + 1 {
-            return Ok(None);
+        match load(layout::EPOCH) {
+            epoch if epoch == u64::from(open_epoch) + 1 => {}
+            epoch if epoch == (u64::from(open_epoch) + 1) | layout::GIVEN_UP => {
+                return Err(RecoverFault::GivenUp);
+            }
+            _ => return Ok(None),
         }
         let used_slots = load(layout::USED_SLOTS).min(u64::from(SLOT_COUNT)) as u16;
         let image = ChannelImage {
@@ -148,6 +152,19 @@ impl ChannelJournal {
     /// Ends an opening: nothing of it is ever replayed.
     pub(crate) fn close(self) {
         self.clear();
+    }
+
+    /// Notes that this opening is broken: a successor must not take it for one that nobody has begun yet.
+    pub(crate) fn give_up(journal: &Journal, sub_index: u16, open_epoch: u32) {
+        if ENABLED {
+            let at = layout::channel(sub_index) + layout::EPOCH;
+            let word = (u64::from(open_epoch) + 1) | layout::GIVEN_UP;
+            // Ordering: as in `store`.
+            journal
+                .map
+                .store_u64(at, word, Ordering::Release)
+                .expect(IN_RANGE);
+        }
     }
 
     /// Forgets everything, in an order in which a half-done clearing means "no opening".

@@ -26,8 +26,9 @@ pub(super) const SAVED_STATE: u64 = PAGE_BYTES;
 const CHANNELS: u64 = SAVED_STATE + 2 * SAVED_STATE_BYTES;
 
 // Words of a channel's header page.
-/// Opening that the contents belong to, plus one; 0: none.
+/// Opening that the contents belong to, plus one; 0: none. With [`GIVEN_UP`]: that opening is not served any more.
 pub(super) const EPOCH: u64 = 0x00;
+pub(super) const GIVEN_UP: u64 = 1 << 63;
 /// Sequence number of the last request taken.
 pub(super) const TAKEN_SEQ: u64 = 0x08;
 /// The ring's read index as of `taken_seq`, in the one of two words that the number's lowest bit names.

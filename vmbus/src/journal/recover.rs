@@ -83,6 +83,9 @@ pub(crate) struct Recovery {
 /// Why nothing can be said. The channel is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RecoverFault {
+    /// A predecessor has given the channel up; its rings say nothing any more.
+    #[error("the channel was given up before")]
+    GivenUp,
     /// A sequence number that cannot have been reached.
     #[error("journal: sequence number {0:#x} is impossible")]
     Sequence(u64),

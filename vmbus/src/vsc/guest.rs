@@ -401,6 +401,9 @@ impl SyntheticGuest {
         self.channels
             .remove(&relid)
             .ok_or(VscError::Missing("such channel"))?;
+        if channel.sub_index == 0 {
+            self.sub_channels_offered = 0;
+        }
         self.tell(&VcpuToServer::CloseChannel {
             channel: relid,
             open_epoch,
@@ -429,6 +432,7 @@ impl SyntheticGuest {
         self.next_epoch += 1;
         self.channels.clear();
         self.gpadls.clear();
+        self.sub_channels_offered = 0;
         self.tell(&VcpuToServer::Quiesce { token })?;
         self.expect("Quiesced", deadline, |message| {
             *message == ServerToVcpu::Quiesced { token }

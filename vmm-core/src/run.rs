@@ -28,6 +28,8 @@ mod power;
 mod processor;
 mod signals;
 mod start;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use std::os::fd::{AsFd, OwnedFd};

@@ -255,7 +255,8 @@ fn write_setup_data(memory: &GuestMemoryMmap, header: &mut setup_header) -> Resu
     Ok(())
 }
 
-fn write_gdt(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+/// Writes the GDT that [`CODE_SELECTOR`] and [`DATA_SELECTOR`] select from.
+pub fn write_gdt(memory: &GuestMemoryMmap) -> Result<(), BootError> {
     for (index, entry) in GDT_ENTRIES.iter().enumerate() {
         memory.write_obj(*entry, GuestAddress(GDT + index as u64 * 8))?;
     }

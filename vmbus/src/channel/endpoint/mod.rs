@@ -1,6 +1,8 @@
 //! One open channel, as a VSP holds it. The module's text has the loop that uses it.
 #![forbid(unsafe_code)]
 
+mod open;
+
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -8,13 +10,15 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use super::interrupt::{Interrupt, set_nonblocking};
-use super::token::{HeldToken, NotTaken, Recovered, RecoveredHeld, RecoveredRequest, Token};
+use super::token::{HeldToken, NotTaken, Token};
 use crate::fault::GuestFault;
-use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES, RecoverFault, RingView};
-use crate::mem::{HostError, SharedMap};
+use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES};
+use crate::mem::HostError;
 use crate::record::{EventKind, Recorder};
-use crate::ring::{PacketBuf, RingArea, RingFault, RingReader, RingWriter, StageError};
+use crate::ring::{PacketBuf, RingFault, RingReader, RingWriter, StageError};
 use crate::wire::{OutPacket, Packet};
+
+pub(super) use open::{ChannelName, ChannelParts, OpenFault};
 
 /// What an endpoint has done since it was opened or taken over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,37 +33,6 @@ pub struct EndpointCounters {
     pub publications: u64,
     /// Interrupts raised.
     pub interrupts: u64,
-}
-
-/// What names a channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ChannelName {
-    /// relid.
-    pub channel: u32,
-    pub sub_index: u16,
-    pub open_epoch: u32,
-}
-
-/// What a channel is made of.
-pub(super) struct ChannelParts {
-    pub to_host: RingArea,
-    pub to_guest: RingArea,
-    pub kick: OwnedFd,
-    pub interrupt: OwnedFd,
-    pub event_flags: Arc<SharedMap>,
-    pub target_vp: u16,
-    pub recorder: Option<Arc<Recorder>>,
-}
-
-/// Why a channel cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum OpenFault {
-    #[error(transparent)]
-    Recover(#[from] RecoverFault),
-    #[error(transparent)]
-    Ring(#[from] RingFault),
-    #[error(transparent)]
-    Host(#[from] HostError),
 }
 
 /// Why reading has stopped although packets may be there.
@@ -103,97 +76,6 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Opens a channel or goes on with one.
-    pub(super) fn open(
-        name: ChannelName,
-        parts: ChannelParts,
-        journal: &Journal,
-        fresh: bool,
-    ) -> Result<(Self, Recovered), OpenFault> {
-        let ChannelParts {
-            to_host,
-            to_guest,
-            kick,
-            interrupt,
-            event_flags,
-            target_vp,
-            recorder,
-        } = parts;
-        let view = RingView {
-            to_host_data_bytes: to_host.data_bytes(),
-            to_guest_data_bytes: to_guest.data_bytes(),
-            to_guest_write_index: to_guest.shared_write_index(),
-        };
-        let found = match fresh {
-            true => None,
-            false => ChannelJournal::recover(journal, name.sub_index, name.open_epoch, view)?,
-        };
-        let (journal, recovery) = match found {
-            Some((journal, recovery)) => (journal, Some(recovery)),
-            None => (
-                ChannelJournal::open_fresh(journal, name.sub_index, name.open_epoch),
-                None,
-            ),
-        };
-        let (read_index, write_index) = recovery
-            .as_ref()
-            .map_or((0, 0), |recovery| (recovery.read_index, recovery.write_index));
-        let mut endpoint = Self {
-            name,
-            reader: RingReader::new(to_host, read_index)?,
-            writer: RingWriter::new(to_guest, write_index)?,
-            journal,
-            kick,
-            kick_is_nonblocking: false,
-            interrupt: Interrupt::new(event_flags, interrupt, name.channel, target_vp)?,
-            last_received: None,
-            masked: false,
-            stall: Stall::No,
-            outstanding: 0,
-            answer_bytes: 0,
-            free_floor: 0,
-            wanted_bytes: 0,
-            wish_is_set: false,
-            deferred: VecDeque::new(),
-            broken: None,
-            counters: EndpointCounters::default(),
-            recorder,
-        };
-        endpoint.record(EventKind::ChannelOpened, u64::from(name.open_epoch));
-        // A dead predecessor may have left its mask or its wish for space set, or died between journal and ring.
-        endpoint.reader.claim_words();
-        endpoint.writer.claim_words();
-        let Some(recovery) = recovery else {
-            return Ok((
-                endpoint,
-                Recovered {
-                    fresh: true,
-                    ..Recovered::default()
-                },
-            ));
-        };
-        let mut recovered = Recovered::default();
-        for live in &recovery.requests {
-            let replay = endpoint.journal.replay(live);
-            let token = endpoint.token(replay.slot, replay.kind, replay.transaction_id);
-            recovered.requests.push(RecoveredRequest {
-                token,
-                payload: replay.payload,
-            });
-        }
-        for live in &recovery.held {
-            let replay = endpoint.journal.replay(live);
-            let token = endpoint.held_token(replay.slot, replay.kind, replay.transaction_id, 0);
-            recovered.held.push(RecoveredHeld {
-                token,
-                payload: replay.payload,
-            });
-        }
-        // What the predecessor published last may never have been signalled.
-        endpoint.signal_now();
-        Ok((endpoint, recovered))
-    }
-
     fn token(&mut self, slot: u16, kind: u8, transaction_id: u64) -> Token {
         self.outstanding += 1;
         Token::new(

@@ -141,7 +141,7 @@ impl Bus {
             .get(&device)
             .and_then(|entry| entry.server.generation());
         if present == Some(generation) {
-            self.condemn(device, format!("connection lost: {why}"));
+            self.drop_server(device, "server lost", format!("its connection broke: {why}"));
         }
         self.take_actions()
     }
@@ -471,8 +471,13 @@ impl Bus {
         }
     }
 
-    /// Stops listening to a server and asks for its end. What it may touch stays held until it is gone.
+    /// A server broke the protocol.
     fn condemn(&mut self, device: DeviceId, why: String) {
+        self.drop_server(device, "server misbehaves", why);
+    }
+
+    /// Stops listening to a server and asks for its end. What it may touch stays held until it is gone.
+    fn drop_server(&mut self, device: DeviceId, what: &'static str, why: String) {
         let Some(entry) = self.devices.get_mut(&device) else {
             return;
         };
@@ -498,7 +503,7 @@ impl Bus {
             self.clear_deadline(id);
         }
         self.fault(
-            "server misbehaves",
+            what,
             format_args!("device {device}, generation {generation}: {why}"),
         );
         self.out.push(Action::Misbehaves {

@@ -155,9 +155,18 @@ impl LogPipe {
         lines
     }
 
-    /// The last lines, the oldest first.
-    pub fn tail(&self) -> Vec<String> {
-        self.tail.iter().cloned().collect()
+    /// The last line that tells of trouble: one of a log below warnings does not.
+    pub fn last_words(&self) -> Option<&str> {
+        let is_calm = |line: &&String| {
+            [" INFO ", "DEBUG ", "TRACE "]
+                .iter()
+                .any(|level| line.starts_with(level))
+        };
+        self.tail
+            .iter()
+            .rev()
+            .find(|line| !is_calm(line))
+            .map(String::as_str)
     }
 }
 
@@ -276,7 +285,9 @@ mod tests {
         assert_eq!(log.read().len(), 12);
         assert_eq!(log.read(), ["last words"]);
         assert!(log.fd.is_none());
-        assert_eq!(log.tail().len(), TAIL_LINES);
-        assert_eq!(log.tail().last().map(String::as_str), Some("last words"));
+        assert_eq!(log.tail.len(), TAIL_LINES);
+        assert_eq!(log.last_words(), Some("last words"));
+        log.tail.push_back(" INFO all is well".to_owned());
+        assert_eq!(log.last_words(), Some("last words"));
     }
 }

@@ -57,13 +57,19 @@ pub fn relay(process: &str, line: &str) {
 }
 
 /// The report of a death: what, how, and what it said last.
-pub fn death(name: &str, generation: u32, cause: ExitCause, why: Option<&str>, tail: &[String]) -> String {
+pub fn death(
+    name: &str,
+    generation: u32,
+    cause: ExitCause,
+    why: Option<&str>,
+    last_words: Option<&str>,
+) -> String {
     let mut text = format!("{name} (server {generation}) {cause}");
     if let Some(why) = why {
         text.push_str(&format!(" ({why})"));
     }
     // The lines were shown as they came; the last one often says it all.
-    if let Some(last) = tail.last() {
+    if let Some(last) = last_words {
         text.push_str(&format!("; its last words: {last:?}"));
     }
     text
@@ -126,16 +132,10 @@ mod tests {
             core: false,
         };
         assert_eq!(
-            death("disk0", 3, cause, None, &[]),
+            death("disk0", 3, cause, None, None),
             "disk0 (server 3) killed by SIGKILL"
         );
-        let said = death(
-            "disk0",
-            1,
-            ExitCause::Exited(1),
-            Some("lied"),
-            &["oh\ndear".to_owned()],
-        );
+        let said = death("disk0", 1, ExitCause::Exited(1), Some("lied"), Some("oh\ndear"));
         assert_eq!(
             said,
             "disk0 (server 1) exited with status 1 (lied); its last words: \"oh\\ndear\""

@@ -216,8 +216,13 @@ impl RoomState {
         for line in process.lines() {
             report::relay(&self.plan.name, &line);
         }
-        let tail = process.log.tail();
-        let sentence = report::death(&self.plan.name, self.generation, cause, blame.as_deref(), &tail);
+        let sentence = report::death(
+            &self.plan.name,
+            self.generation,
+            cause,
+            blame.as_deref(),
+            process.log.last_words(),
+        );
         let started = process.started;
         self.server = Server::Fencing {
             started,

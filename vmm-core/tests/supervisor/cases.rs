@@ -270,7 +270,7 @@ fn a_server_that_dies_gets_a_successor() {
 
 fn a_server_that_is_accused_gets_a_successor() {
     let ended = Place::new().run(&["--cmdline", "accuse", "--disk", "memory=1M"]);
-    ended.expect(0, "disk0 (server 1) killed by SIGKILL (broke the protocol: lied)");
+    ended.expect(0, "disk0 (server 1) killed by SIGKILL (bulkhead-vcpu says: lied)");
     assert!(ended.stdout.contains("a successor came"), "{:?}", ended.stdout);
 }
 

@@ -1,0 +1,188 @@
+#![forbid(unsafe_code)]
+//! The loop: what there is to wait for, and who handles what comes.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::process::Process;
+use super::room::{RoomState, Server};
+use super::timers::Timer;
+use super::{Part, Phase, START_DEADLINE, Source, Supervisor, report};
+
+impl Supervisor {
+    /// Waits for events and handles them.
+    pub(super) fn turn(&mut self) -> Result<()> {
+        let events = self.wait()?;
+        // The order in a list of events does not matter but for one: what a process said comes before its end.
+        for (source, flags) in events {
+            self.on_event(source, flags);
+        }
+        for timer in self.timers.due(Instant::now()) {
+            self.on_timer(timer);
+        }
+        Ok(())
+    }
+
+    pub(super) fn wait(&self) -> Result<Vec<(Source, PollFlags)>> {
+        let (sources, mut fds): (Vec<Source>, Vec<PollFd<'_>>) = self.sources().into_iter().unzip();
+        let timeout = match self.timers.next() {
+            None => PollTimeout::NONE,
+            Some(next) => {
+                let left = next.saturating_duration_since(Instant::now());
+                // Rounded up: a timer that is not quite due would make the loop spin.
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => bail!("poll failed: {}", errno.desc()),
+        }
+        let flags = fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty()));
+        Ok(sources
+            .into_iter()
+            .zip(flags)
+            .filter(|(_, flags)| !flags.is_empty())
+            .collect())
+    }
+
+    pub(super) fn sources(&self) -> Vec<(Source, PollFd<'_>)> {
+        let mut list = vec![
+            (
+                Source::Signals,
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            ),
+            (
+                Source::Listener,
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            ),
+        ];
+        if let Some(stdin) = self.input.wants_typed() {
+            list.push((Source::Typed, PollFd::new(stdin, PollFlags::POLLIN)));
+        }
+        if let Some(pipe) = self.input.wants_pipe() {
+            list.push((Source::InputPipe, PollFd::new(pipe, PollFlags::POLLOUT)));
+        }
+        for (index, client) in self.clients.iter().enumerate() {
+            list.push((
+                Source::Client(index),
+                PollFd::new(client.socket.as_fd(), interest(client.socket.has_queued())),
+            ));
+        }
+        add_process(&mut list, &self.vcpu, Source::Vcpu);
+        for (index, room) in self.rooms.iter().enumerate() {
+            if let Server::Running { process, .. } = &room.server {
+                add_process(&mut list, process, |part| Source::Server(index, part));
+            }
+            if let Some(passt) = &room.passt {
+                add_process(&mut list, passt, |part| Source::Passt(index, part));
+            }
+        }
+        list
+    }
+
+    pub(super) fn on_event(&mut self, source: Source, flags: PollFlags) {
+        match source {
+            Source::Signals => self.on_signals(),
+            Source::Typed => self.on_typed(),
+            Source::InputPipe => self.input.flush(),
+            Source::Listener => self.on_new_client(),
+            Source::Client(index) => self.on_client(index),
+            Source::Vcpu(Part::Control) => self.on_vcpu_control(),
+            Source::Vcpu(Part::Log) => show_lines("vcpu", &mut self.vcpu),
+            Source::Vcpu(Part::End) => self.on_vcpu_end(),
+            Source::Server(index, Part::Control) => self.on_server_control(index),
+            Source::Server(index, Part::Log) => {
+                if let Some(room) = self.rooms.get_mut(index)
+                    && let Server::Running { process, .. } = &mut room.server
+                {
+                    show_lines(&room.plan.name, process);
+                }
+            }
+            Source::Server(index, Part::End) => self.on_server_end(index),
+            Source::Passt(index, Part::End) => self.on_passt_end(index),
+            Source::Passt(index, Part::Control | Part::Log) => {
+                if let Some(RoomState {
+                    passt: Some(passt),
+                    plan,
+                    ..
+                }) = self.rooms.get_mut(index)
+                {
+                    show_lines(&format!("{} passt", plan.name), passt);
+                }
+            }
+        }
+        // Nothing is asked of a descriptor that only says that it is broken; its owner has just seen that, too.
+        debug_assert!(!flags.is_empty());
+    }
+
+    pub(super) fn on_timer(&mut self, timer: Timer) {
+        match timer {
+            Timer::StartOverdue => self.on_start_overdue(),
+            Timer::ReadyOverdue { room, generation } => {
+                self.kill_server(room, generation, "did not get ready in time")
+            }
+            Timer::Fence { room } => self.try_fence(room),
+            Timer::Restart { room } => self.restart_server(room),
+            Timer::EndOverdue => self.on_end_overdue(),
+            Timer::InspectOverdue => self.finish_inspection(),
+        }
+    }
+
+    pub(super) fn on_start_overdue(&mut self) {
+        let Phase::Starting { vcpu_ready, .. } = self.phase else {
+            return;
+        };
+        let mut waiting: Vec<&str> = Vec::new();
+        if !vcpu_ready {
+            waiting.push("vcpu");
+        }
+        waiting.extend(
+            self.rooms
+                .iter()
+                .filter(|room| !room.server.is_ready())
+                .map(|room| room.plan.name.as_str()),
+        );
+        let seconds = START_DEADLINE.as_secs();
+        self.fail_start(format!(
+            "not ready after {seconds} seconds: {}",
+            waiting.join(", ")
+        ));
+    }
+}
+
+fn interest(queued: bool) -> PollFlags {
+    if queued {
+        PollFlags::POLLIN | PollFlags::POLLOUT
+    } else {
+        PollFlags::POLLIN
+    }
+}
+
+fn add_process<'a>(
+    list: &mut Vec<(Source, PollFd<'a>)>,
+    process: &'a Process,
+    source: impl Fn(Part) -> Source,
+) {
+    if let Some(control) = &process.control {
+        list.push((
+            source(Part::Control),
+            PollFd::new(control.as_fd(), interest(control.has_queued())),
+        ));
+    }
+    if let Some(log) = &process.log.fd {
+        list.push((source(Part::Log), PollFd::new(log.as_fd(), PollFlags::POLLIN)));
+    }
+    list.push((
+        source(Part::End),
+        PollFd::new(process.child.as_fd(), PollFlags::POLLIN),
+    ));
+}
+
+pub(super) fn show_lines(name: &str, process: &mut Process) {
+    for line in process.lines() {
+        report::relay(name, &line);
+    }
+}

@@ -1,0 +1,147 @@
+#![forbid(unsafe_code)]
+//! `bulkhead-vcpu`: what it says, and its end.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vmbus::ipc::{ExitCause as VmExit, OnReset, PeerFault, SupervisorToVcpu, VcpuToSupervisor};
+
+use super::events::show_lines;
+use super::report::{Outcome, say};
+use super::{MESSAGES_PER_TURN, Phase, Supervisor, process, report, tell_vcpu};
+use crate::spec::OnCrash;
+
+impl Supervisor {
+    /// Sends; a vCPU process that does not take messages is killed, which ends the VM.
+    pub(super) fn send_to_vcpu(&mut self, message: &SupervisorToVcpu, fds: &[BorrowedFd<'_>]) {
+        if let Err(error) = tell_vcpu(&mut self.vcpu, message, fds)
+            && self.vcpu_said.is_none()
+        {
+            self.vcpu_failed.get_or_insert(format!("{error:#}"));
+            self.vcpu.kill();
+        }
+    }
+
+    pub(super) fn on_vcpu_control(&mut self) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(socket) = &mut self.vcpu.control else {
+                return;
+            };
+            let received = match socket.flush() {
+                Ok(()) => socket.recv::<VcpuToSupervisor>(),
+                Err(_) => Err(PeerFault::Eof),
+            };
+            match received {
+                Ok(Some((message, _))) => self.on_vcpu_message(message),
+                Ok(None) => return,
+                // Its end follows, and says why.
+                Err(PeerFault::Eof) => self.vcpu.control = None,
+                Err(fault) => {
+                    self.vcpu.control = None;
+                    self.vcpu_failed
+                        .get_or_insert(format!("it does not speak our protocol: {fault}"));
+                    self.vcpu.kill();
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_vcpu_message(&mut self, message: VcpuToSupervisor) {
+        match message {
+            VcpuToSupervisor::Ready { report } => self.on_ready(report, true),
+            VcpuToSupervisor::Started => {}
+            VcpuToSupervisor::Failed { message } => self.vcpu_failed = Some(process::printable(&message)),
+            VcpuToSupervisor::ServerMisbehaves {
+                device,
+                generation,
+                why,
+            } => self.kill_server_of(
+                device,
+                generation,
+                &format!("bulkhead-vcpu says: {}", process::printable(&why)),
+            ),
+            VcpuToSupervisor::ServerSlow {
+                device,
+                generation,
+                waiting_for,
+            } => {
+                let why = format!("did not answer in time: {}", process::printable(&waiting_for));
+                self.kill_server_of(device, generation, &why);
+            }
+            VcpuToSupervisor::GuestPowerOff => {}
+            VcpuToSupervisor::GuestReset { count } => {
+                if self.on_reset == OnReset::Reset {
+                    self.crashed = false;
+                }
+                say(&format!("the guest reset itself ({count} so far)"));
+            }
+            VcpuToSupervisor::GuestCrash { parameters, text } => {
+                self.crashed = true;
+                say(&report::guest_crash(&parameters, text.as_deref()));
+                if self.on_crash == OnCrash::Exit {
+                    self.end(Outcome::GuestCrashed);
+                }
+            }
+            VcpuToSupervisor::Exited { cause } => self.vcpu_said = Some(cause),
+            VcpuToSupervisor::Inspect { entries } => self.on_inspected("vcpu", entries),
+        }
+    }
+
+    pub(super) fn on_vcpu_end(&mut self) {
+        let Some(cause) = self.vcpu.ended() else {
+            return;
+        };
+        // What it said last is still in the sockets.
+        while self.vcpu.control.is_some() {
+            self.on_vcpu_control();
+            if let Some(socket) = &self.vcpu.control
+                && !has_more(socket.as_fd())
+            {
+                break;
+            }
+        }
+        show_lines("vcpu", &mut self.vcpu);
+        let outcome = match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Starting { .. } => {
+                let why = self.vcpu_failed.take().unwrap_or_else(|| self.last_words(cause));
+                return self.fail_start(why);
+            }
+            Phase::EndingVcpu(outcome) => outcome,
+            phase @ (Phase::EndingServers(_) | Phase::Over(_)) => {
+                self.phase = phase;
+                return;
+            }
+            Phase::Running => self.outcome_of(cause),
+        };
+        self.end_servers(outcome);
+    }
+
+    pub(super) fn last_words(&self, cause: sandbox::ExitCause) -> String {
+        let said = self
+            .vcpu
+            .log
+            .last_words()
+            .map(|line| format!("; its last words: {line:?}"))
+            .unwrap_or_default();
+        format!("bulkhead-vcpu {cause}{said}")
+    }
+
+    pub(super) fn outcome_of(&mut self, cause: sandbox::ExitCause) -> Outcome {
+        match self.vcpu_said.take() {
+            Some(VmExit::PowerOff | VmExit::Reset) if self.crashed => Outcome::GuestCrashed,
+            Some(VmExit::PowerOff | VmExit::Reset) => Outcome::PoweredOff,
+            Some(VmExit::Console | VmExit::Quit) => Outcome::Stopped,
+            Some(VmExit::Fault { message }) => Outcome::VcpuDied(process::printable(&message)),
+            None => {
+                let failed = self.vcpu_failed.take();
+                let died = self.last_words(cause);
+                Outcome::VcpuDied(failed.map_or(died.clone(), |why| format!("{died}; {why}")))
+            }
+        }
+    }
+}
+
+fn has_more(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
+}

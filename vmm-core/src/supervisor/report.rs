@@ -53,6 +53,7 @@ pub fn say(text: &str) {
 /// Passes on a line that a process logged.
 pub fn relay(process: &str, line: &str) {
     use std::io::Write;
+    // As above.
     let _ = writeln!(std::io::stderr(), "[{process}] {line}");
 }
 

@@ -23,7 +23,7 @@ await() {
 network_up() {
     await /sys/class/net/eth0
     ip link set eth0 up && ip addr add 192.168.215.2/24 dev eth0 || fail "eth0"
-    for try in $(seq 50); do wget -q -T 3 -O /dev/null http://192.168.215.1:8080/hello && return 0; usleep 200000; done
+    for try in $(seq 50); do timeout 5 wget -q -O /dev/null http://192.168.215.1:8080/hello && return 0; usleep 200000; done
     fail "the host does not answer"
 }
 # Nothing of ours may have gone wrong unseen.

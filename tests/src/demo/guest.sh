@@ -34,7 +34,7 @@ ip link set $link up
 @ADDRESS@
 say "network card $link $(cat /sys/class/net/$link/address), driver $(basename "$(readlink /sys/class/net/$link/device/driver)")"
 for try in 1 2 3 4 5 6 7 8 9 10; do
-    page=$(wget -q -T 5 -O - @URL@) && break
+    page=$(timeout 10 wget -q -O - @URL@) && break
     usleep 500000
 done
 [ -n "$page" ] || fail "no page from the host"

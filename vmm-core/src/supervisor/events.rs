@@ -110,7 +110,13 @@ impl Supervisor {
                     ..
                 }) = self.rooms.get_mut(index)
                 {
-                    show_lines(&format!("{} passt", plan.name), passt);
+                    let lines = passt.lines();
+                    // It has much to say at each start; what it said last is told if it dies.
+                    if is_verbose(&self.log) {
+                        lines
+                            .iter()
+                            .for_each(|line| report::relay(&format!("{} passt", plan.name), line));
+                    }
                 }
             }
         }
@@ -151,6 +157,11 @@ impl Supervisor {
             waiting.join(", ")
         ));
     }
+}
+
+/// Whether a person asked for more than warnings.
+fn is_verbose(log: &str) -> bool {
+    ["info", "debug", "trace"].iter().any(|level| log.contains(level))
 }
 
 fn interest(queued: bool) -> PollFlags {

@@ -180,10 +180,10 @@ impl Supervisor {
             return;
         };
         let name = format!("{} passt", room.plan.name);
-        show_lines(&name, passt);
         let Some(cause) = passt.ended() else {
             return;
         };
+        show_lines(&name, passt);
         room.passt = None;
         let generation = room.generation;
         match self.phase {

@@ -71,7 +71,10 @@ impl Supervisor {
                 PollFd::new(client.socket.as_fd(), interest(client.socket.has_queued())),
             ));
         }
-        add_process(&mut list, &self.vcpu, Source::Vcpu);
+        // Once its end was handled there is nothing more to hear of it, and its descriptor stays readable.
+        if !matches!(self.phase, Phase::EndingServers(_) | Phase::Over(_)) {
+            add_process(&mut list, &self.vcpu, Source::Vcpu);
+        }
         for (index, room) in self.rooms.iter().enumerate() {
             if let Server::Running { process, .. } = &room.server {
                 add_process(&mut list, process, |part| Source::Server(index, part));

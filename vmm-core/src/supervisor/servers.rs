@@ -85,6 +85,11 @@ impl Supervisor {
             Phase::Starting { .. } => self.fail_start(death.sentence),
             Phase::EndingServers(_) => self.finish_if_all_ended(),
             Phase::EndingVcpu(_) | Phase::Over(_) => {}
+            // The VM is over, and this server has noticed before us. Its socket to `bulkhead-vcpu` is closed after the
+            // one between that and us (a process's descriptors are closed in order), whose end was handled before this.
+            Phase::Running if self.vcpu_said.is_some() || self.vcpu.control.is_none() => {
+                room.server = Server::Held
+            }
             Phase::Running => {
                 say(&death.sentence);
                 self.try_fence(index);

@@ -233,7 +233,7 @@ fn a_guest_that_powers_off_ends_the_vm_with_status_0() {
         "--disk",
         "memory=1M",
         "--disk",
-        "memory=2M",
+        "memory=2M,serial=quick",
     ]);
     ended.expect(0, "");
     assert_eq!(ended.stdout, "the guest runs\n");

@@ -1,7 +1,7 @@
 //! What the supervisor tells this server about its NIC, as JSON.
 
-use serde::Deserialize;
 use serde::de::Error as _;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Limit: channels of one NIC, the primary included (`VRSS_CHANNEL_MAX` in Linux is 64, its default 8 to 16).
@@ -11,7 +11,7 @@ const MTU_MIN: u32 = 68;
 const MTU_MAX: u32 = 9202;
 
 /// What carries the frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackendKind {
     Tap,
@@ -19,10 +19,10 @@ pub enum BackendKind {
 }
 
 /// One NIC.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NicConfig {
-    #[serde(deserialize_with = "mac_from_text")]
+    #[serde(deserialize_with = "mac_from_text", serialize_with = "mac_to_text")]
     pub mac: [u8; 6],
     pub backend: BackendKind,
     /// Name of the descriptor that was handed over.
@@ -73,6 +73,11 @@ fn mac_from_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<[u
         .ok_or_else(|| D::Error::custom(format!("\"{text}\" is not a MAC address of one interface")))
 }
 
+fn mac_to_text<S: serde::Serializer>(mac: &[u8; 6], serializer: S) -> Result<S::Ok, S::Error> {
+    let parts: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    serializer.serialize_str(&parts.join(":"))
+}
+
 /// Six pairs of hexadecimal digits with colons between. `None` for groups and the zero address, which no NIC can have.
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0u8; 6];
@@ -97,6 +102,13 @@ mod tests {
             (config.backend, config.mtu, config.max_queues),
             (BackendKind::Tap, 9000, 4)
         );
+    }
+
+    #[test]
+    fn a_configuration_round_trips() {
+        let json = r#"{"mac":"52:54:00:12:34:56","backend":"stream","fd":"net","mtu":1500,"max_queues":2}"#;
+        let config = NicConfig::parse(json).expect("well-formed");
+        assert_eq!(serde_json::to_string(&config).expect("text"), json);
     }
 
     #[test]

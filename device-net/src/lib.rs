@@ -18,6 +18,7 @@
 //!     frame/       checksums, segments, tags                            pure
 //!     backend/     TAP or stream
 //! ```
+//! [`vsc`] is the guest's side, for tests and benchmarks.
 #![forbid(unsafe_code)]
 
 pub mod backend;
@@ -26,3 +27,4 @@ pub mod frame;
 pub mod netvsp;
 pub mod rndis;
 pub mod server;
+pub mod vsc;

@@ -1,0 +1,206 @@
+//! Death and replacement: every packet is completed once, and every credit is where it was.
+
+use crate::network::{FILTER, from_guest, number_of, room, running, to_guest};
+use device_net::netvsp::wire::{GuestMessage, HostMessage, NvspStatus, NvspVersion, RECEIVE_BUFFER_ID};
+use device_net::rndis::packet::FrameRequests;
+use device_net::vsc::{DriverOptions, Form, Room};
+use std::collections::BTreeSet;
+use vmbus::mem::Gpa;
+use vmbus::ring::PacketBuf;
+use vmbus::vsc::ChannelOptions;
+use vmbus::wire::PacketKind;
+
+fn replace(room: &mut Room) {
+    room.kill().expect("killed");
+    room.start_successor().expect("the successor attaches");
+}
+
+#[test]
+fn a_successor_goes_on_with_an_open_nic() {
+    let (mut room, mut network, mut driver) = running(DriverOptions::default());
+    for number in 0..5 {
+        replace(&mut room);
+        driver
+            .send(0, &from_guest(number, 200), Form::Section)
+            .expect("sent");
+        assert_eq!(network.take(), from_guest(number, 200));
+        network.put(&to_guest(number, 300));
+        let frames = driver.receive(0, 1, room.deadline()).expect("received");
+        assert_eq!(frames[0].bytes, to_guest(number, 300));
+        driver.set_filter(FILTER, room.deadline()).expect("control works");
+    }
+    driver.wait_sent(room.deadline()).expect("all completed once");
+}
+
+#[test]
+fn a_polite_swap_loses_nothing() {
+    let (mut room, mut network, mut driver) = running(DriverOptions::default());
+    for number in 0..5 {
+        driver
+            .send(0, &from_guest(number, 200), Form::Section)
+            .expect("sent");
+        assert!(room.stop().expect("it ends").is_success());
+        room.start_successor().expect("the successor attaches");
+        assert_eq!(network.take(), from_guest(number, 200));
+    }
+    driver.wait_sent(room.deadline()).expect("all completed once");
+}
+
+#[test]
+fn packets_sent_while_nobody_serves_are_sent_by_the_successor() {
+    let (mut room, mut network, mut driver) = running(DriverOptions::default());
+    room.kill().expect("killed");
+    for number in 0..20 {
+        driver
+            .send(0, &from_guest(number, 200), Form::Partial)
+            .expect("sent");
+    }
+    network.put(&to_guest(1, 100));
+    room.start_successor().expect("the successor attaches");
+    for number in 0..20 {
+        assert_eq!(network.take(), from_guest(number, 200));
+    }
+    driver.wait_sent(room.deadline()).expect("all completed once");
+    let frames = driver.receive(0, 1, room.deadline()).expect("received");
+    assert_eq!(number_of(&frames[0].bytes), 1);
+}
+
+#[test]
+fn frames_with_the_guest_are_not_overwritten_by_the_successor() {
+    let options = DriverOptions {
+        receive_pages: 128,
+        ..DriverOptions::default()
+    };
+    let (mut room, mut network, mut driver) = running(options);
+    driver.give_back = false;
+    for number in 0..100 {
+        network.put(&to_guest(number, 100));
+    }
+    while driver.frames.len() < 100 {
+        driver.poll(0, room.deadline()).expect("well-behaved");
+    }
+    driver.frames.clear();
+    let held = driver.held();
+    replace(&mut room);
+    let free = room.inspect("receive-buffer/free").expect("a number");
+    assert_eq!(free, (driver.suballocation_count as usize - held).to_string());
+    // The driver refuses a sub-allocation that it holds.
+    for number in 100..140 {
+        network.put(&to_guest(number, 100));
+    }
+    while driver.frames.len() < 40 {
+        driver.poll(0, room.deadline()).expect("well-behaved");
+    }
+    driver.return_all().expect("returned");
+    driver.set_filter(FILTER, room.deadline()).expect("seen");
+    let free = room.inspect("receive-buffer/free").expect("a number");
+    assert_eq!(free, driver.suballocation_count.to_string());
+}
+
+/// The server is killed at any point of a conversation in both directions.
+#[test]
+fn killed_under_load_nothing_is_completed_twice_and_no_credit_is_lost() {
+    let (mut room, mut network, mut driver) = running(DriverOptions {
+        queues: 2,
+        ..DriverOptions::default()
+    });
+    let reader = network.read_all();
+    let mut sent = 0u32;
+    let mut seen = BTreeSet::new();
+    for round in 0..12u32 {
+        for _ in 0..150 {
+            for channel in 0..2 {
+                let frame = from_guest(sent, 100 + sent as usize % 1200);
+                if driver
+                    .stage_batch(channel, &[&frame], &FrameRequests::default())
+                    .expect("staged")
+                    .is_some()
+                {
+                    sent += 1;
+                }
+                driver.flush(channel).expect("flushed");
+            }
+            network.put(&to_guest(round * 1000 + sent % 1000, 400));
+            for channel in 0..2 {
+                driver.poll_once(channel).expect("well-behaved");
+            }
+            seen.extend(driver.frames.drain(..).map(|frame| number_of(&frame.bytes)));
+        }
+        // In the middle of whatever it does.
+        replace(&mut room);
+    }
+    driver.wait_sent(room.deadline()).expect("all completed once");
+    driver.set_filter(0, room.deadline()).expect("quiet");
+    for channel in 0..2 {
+        driver.poll_once(channel).expect("well-behaved");
+    }
+    driver
+        .set_filter(0, room.deadline())
+        .expect("the server has seen all completions");
+    assert_eq!(driver.held(), 0);
+    let free = room.inspect("receive-buffer/free").expect("a number");
+    assert_eq!(free, driver.suballocation_count.to_string());
+    assert!(seen.len() > 100 && sent > 1000, "{} {sent}", seen.len());
+    network.end(reader);
+}
+
+/// Each step of start-up is asked, and the server dies before, while or after it answers.
+#[test]
+fn killed_during_start_up_each_step_is_answered_once() {
+    let (mut room, _network) = room();
+    let deadline = room.deadline();
+    let options = ChannelOptions {
+        ring_pages: 128,
+        ..Default::default()
+    };
+    let mut primary = room.guest.open_channel(options).expect("open");
+    let pages = room.guest.allocate(4096 + 256).expect("memory");
+    let relid = primary.channel_id();
+    let receive = room.guest.add_gpadl_at(relid, pages, 4096).expect("a GPADL");
+    let send = room
+        .guest
+        .add_gpadl_at(relid, Gpa(pages.0 + 4096 * 4096), 256)
+        .expect("a GPADL");
+    let version = NvspVersion::V6_1;
+    let steps = [
+        GuestMessage::Init {
+            min: version,
+            max: version,
+        },
+        GuestMessage::ReceiveBuffer {
+            gpadl: receive,
+            id: RECEIVE_BUFFER_ID,
+        },
+        GuestMessage::SendBuffer { gpadl: send, id: 0 },
+        GuestMessage::Subchannel {
+            operation: 1,
+            count: 2,
+        },
+        GuestMessage::SwitchDataPath { active: 0 },
+    ];
+    for step in steps {
+        let id = primary.new_transaction_id();
+        primary.send_in_band(id, true, &[&step.emit()]).expect("staged");
+        primary.flush().expect("flushed");
+        replace(&mut room);
+        let (kind, answered, payload) = primary.receive_one(deadline).expect("answered");
+        assert_eq!((kind, answered), (PacketKind::COMPLETION, id));
+        match HostMessage::parse(&payload) {
+            Some(
+                HostMessage::InitComplete { status, .. }
+                | HostMessage::ReceiveBufferComplete { status, .. }
+                | HostMessage::SendBufferComplete { status, .. }
+                | HostMessage::SubchannelComplete { status, .. },
+            ) => assert_eq!(status, NvspStatus::SUCCESS, "{step:?}"),
+            None if payload.is_empty() => {}
+            other => panic!("{step:?}: {other:?}"),
+        }
+    }
+    room.supervisor.ping(1, deadline).expect("the server turns");
+    let mut buf = PacketBuf::new();
+    assert!(
+        primary.receive(&mut buf).expect("well-behaved").is_none(),
+        "no step is answered twice"
+    );
+    assert_eq!(room.guest.wait_sub_channels(deadline).expect("offered"), 2);
+}

@@ -1,0 +1,9 @@
+//! The real `bulkhead-net` in its sandbox, driven by a synthetic guest over real rings.
+#![forbid(unsafe_code)]
+
+mod control;
+mod crash;
+mod frames;
+mod hostile;
+mod network;
+mod tap;

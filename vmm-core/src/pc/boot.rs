@@ -17,11 +17,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmbus::ipc::KernelFormat;
 use vmbus::mem::RamLayout;
 
-use super::acpi;
 use super::memory_map::{
     ACPI_TABLES, BOOT_PARAMS, COMMAND_LINE, GDT, HIGH_MEMORY, IDENTITY_GIB, KERNEL, MAX_COMMAND_LINE_BYTES,
-    PAGE_TABLES, e820, low_ram_end,
+    PAGE_TABLES, RESET_VECTOR, e820, low_ram_end,
 };
+use super::{acpi, ports};
 
 /// Selectors of the 64-bit boot protocol, `__BOOT_CS` and `__BOOT_DS`.
 pub const CODE_SELECTOR: u16 = 0x10;
@@ -44,6 +44,26 @@ const PAGE_BYTES: u64 = 4096;
 const SETUP_RNG_SEED: u32 = 9;
 /// In the page behind boot_params, which is before the page tables.
 const SETUP_DATA: u64 = BOOT_PARAMS + PAGE_BYTES;
+
+/// Real-mode code in place of a BIOS: write [`ports::RESET_VALUE`] to [`ports::RESET`], and halt.
+///
+/// Quirk(Linux 6.1 reboot_init): with hardware-reduced ACPI it takes EFI for the way to restart even where it was not
+/// started by EFI, and falls back to a jump to the BIOS. Without this code it would run through zeros for ever.
+const RESET_CODE: [u8; 9] = {
+    let port = ports::RESET.to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; hlt; jmp to the hlt
+    [
+        0xBA,
+        port[0],
+        port[1],
+        0xB0,
+        ports::RESET_VALUE,
+        0xEE,
+        0xF4,
+        0xEB,
+        0xFD,
+    ]
+};
 
 /// Why the kernel cannot be started; a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +136,7 @@ pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, ram: &RamLayout) -> Resul
         params.e820_entries += 1;
     }
     memory.write_obj(params, GuestAddress(BOOT_PARAMS))?;
+    memory.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
     write_gdt(memory)?;
     write_page_tables(memory)?;
     Ok(Entry {
@@ -367,6 +388,15 @@ mod tests {
             .expect("in RAM");
         assert_eq!(&rsdp, b"RSD PTR ");
         assert_eq!(memory.read_obj::<u8>(GuestAddress(KERNEL)).expect("in RAM"), 0x90);
+        let mut restart = [0; 6];
+        memory
+            .read_slice(&mut restart, GuestAddress(0xF_FFF0))
+            .expect("in RAM");
+        assert_eq!(
+            restart,
+            [0xBA, 0x02, 0x06, 0xB0, 0x01, 0xEE],
+            "mov dx, 0x602; mov al, 1; out dx, al"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!   0x0000_0500  GDT                        0x0000_7000  boot_params ("zero page")
 //!   0x0000_9000  identity page tables       0x0002_0000  command line
 //!   0x0009_fc00  end of usable low memory
-//!   0x000e_0000  ACPI tables, to 0x000f_ffff
+//!   0x000e_0000  ACPI tables                0x000f_fff0  code that resets
 //!   0x0010_0000  usable: kernel (16 MiB up), initrd (at the top)
 //!   0xc000_0000  end of RAM below the hole  0xfec0_0000  I/O APIC   0xfee0_0000  local APICs
 //!   0x1_0000_0000  the rest of RAM
@@ -24,7 +24,9 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const MAX_COMMAND_LINE_BYTES: usize = 0x1_0000;
 const LOW_MEMORY_END: u64 = 0x9_FC00;
 pub const ACPI_TABLES: u64 = 0xE_0000;
-pub const ACPI_TABLES_END: u64 = 0x10_0000;
+pub const ACPI_TABLES_END: u64 = 0xF_0000;
+/// Where a processor in real mode goes to restart the machine.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Where the kernel goes: the address that Linux prefers on x86-64 (CONFIG_PHYSICAL_START), so that it need not
 /// relocate itself.

@@ -50,6 +50,8 @@ fn prepare(start: &mut Start) -> Result<Room> {
     let vcpu = start.fds.take("vcpu")?;
     let journal = start.fds.take("journal")?;
     let fd = start.fds.take(&config.fd)?;
+    // A flight recorder may be handed over; this server has nothing to put into it yet.
+    drop(start.fds.take_optional("recorder"));
     std::mem::take(&mut start.fds).finish()?;
     let backend: Box<dyn Backend> = match config.backend {
         BackendKind::Tap => Box::new(Tap::new(fd)?),

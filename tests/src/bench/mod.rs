@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod machine;
+pub mod netvsp;
 mod processes;
 pub mod rig;
 pub mod ring;
@@ -112,6 +113,10 @@ const GROUPS: &[Group] = &[
     Group {
         names: &["ring-256", "ring-64k"],
         measure: ring::measure,
+    },
+    Group {
+        names: &["netvsp-pps"],
+        measure: netvsp::measure,
     },
     Group {
         names: &[

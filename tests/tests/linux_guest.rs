@@ -79,8 +79,11 @@ sum=$(cat /mnt/data* | sha256sum)
 umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/sda /mnt || fail "mounting again"
 [ "$(cat /mnt/data* | sha256sum)" = "$sum" ] || fail "the data are not what was written"
 echo "guest: channels of the disk $(ls /sys/bus/vmbus/drivers/hv_storvsc/*/channels | wc -l)"
+echo "guest: files ok"
+# busybox's nc ends as soon as the other side has no more to say: each side's input stays open until it has what it wants.
 nc 192.168.215.1 5001 </mnt/data1 || fail "sending"
-nc 192.168.215.1 5002 </dev/null >/tmp/back || fail "receiving"
+mkfifo /tmp/silence
+for try in $(seq 50); do nc 192.168.215.1 5002 <>/tmp/silence >/tmp/back && break; usleep 200000; done
 cmp /tmp/back /mnt/data1 || fail "what came back is not what was sent"
 umount /mnt
 quiet_log
@@ -90,7 +93,7 @@ exit 0
 fn files_and_tcp(cpu_count: u32) {
     let script = format!("CPUS={cpu_count}\n{FILES_AND_TCP}");
     // The same bytes go to the rig and come back.
-    let echo = "(nc -l -p 5001 >/root/sent; nc -l -p 5002 </root/sent >/dev/null) &";
+    let echo = "mkfifo /root/silence; (nc -l -p 5001 <>/root/silence >/root/sent; nc -l -p 5002 </root/sent >/dev/null) &";
     let flags = format!("--vcpus {cpu_count} --memory 384M");
     guest(&script, &flags, echo, "e2fsck -fn /root/disk.raw");
 }

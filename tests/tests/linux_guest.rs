@@ -37,7 +37,9 @@ quiet_log() {
 const AROUND: &str = r#"
 mkdir -p /root/www && echo hello >/root/www/hello
 ln -s /opt/guest/vmlinuz /opt/guest/initrd.cpio /root/www/
-ip tuntap add dev t0 mode tap vnet_hdr && ip addr add 192.168.215.1/24 dev t0 && ip link set t0 up
+/usr/bin/ip tuntap add dev t0 mode tap vnet_hdr
+/usr/bin/ip addr add 192.168.215.1/24 dev t0
+/usr/bin/ip link set t0 up
 busybox httpd -h /root/www -p 8080
 truncate -s 256M /root/disk.raw
 guest-initrd /root/guest.sh /root/initrd.cpio

@@ -11,12 +11,13 @@ use std::path::Path;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::geteuid;
+use serde::Serialize;
 
 use crate::namespaces::Namespaces;
 use crate::sys::probe;
 
 /// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Probe {
     pub name: &'static str,
     pub state: State,
@@ -26,12 +27,13 @@ pub struct Probe {
     pub advice: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum State {
     Ok,
-    /// A VM runs without it, slower or less protected.
+    /// A VM runs without it: slower, less protected, or without some device.
     Degraded,
-    /// Something asked for cannot work.
+    /// No VM runs without it.
     Missing,
 }
 
@@ -53,7 +55,8 @@ pub fn probe_all() -> Vec<Probe> {
 }
 
 impl Probe {
-    fn ok(name: &'static str, detail: impl Into<String>) -> Self {
+    /// Nothing to complain about.
+    pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self {
             name,
             state: State::Ok,
@@ -62,7 +65,13 @@ impl Probe {
         }
     }
 
-    fn not(name: &'static str, state: State, detail: impl Into<String>, advice: impl Into<String>) -> Self {
+    /// Something to complain about, hence with advice.
+    pub fn not(
+        name: &'static str,
+        state: State,
+        detail: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
         Self {
             name,
             state,
@@ -234,8 +243,8 @@ fn io_uring() -> Probe {
         Ok(()) => Probe::ok(NAME, "can be set up"),
         Err(error) => Probe::not(
             NAME,
-            State::Missing,
-            format!("cannot be set up: {error}; disks in files need it"),
+            State::Degraded,
+            format!("cannot be set up: {error}; no disk can be served"),
             "sysctl kernel.io_uring_disabled=0; in a container, allow io_uring_setup in its seccomp profile",
         ),
     }

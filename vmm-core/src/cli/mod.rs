@@ -47,7 +47,7 @@ enum Command {
     #[command(after_help = format!("{RUN_EXAMPLES}\n{EXIT_STATUS_HELP}"))]
     Run(Box<run::RunArgs>),
     /// Say what this host can do for VMs, and what to do about what is missing
-    Doctor,
+    Doctor(doctor::DoctorArguments),
     /// List the VMs of this user that run
     List,
     /// Show what the processes of a running VM know about themselves
@@ -71,7 +71,7 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => return run::run(*args),
-        Command::Doctor => return doctor::doctor(),
+        Command::Doctor(arguments) => return doctor::main(arguments),
         Command::List => talk::list(),
         Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),
         Command::Stop { vm, power_button } => talk::stop(&vm, power_button),

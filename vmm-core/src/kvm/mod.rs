@@ -13,26 +13,32 @@
 //! | `vcpu.rs` | [`Vcpu`]: registers, MSRs, TSC; [`RunningVcpu`]: the run loop's handle | `kvm_run`, one ioctl |
 //! | `exit.rs` | [`Exit`]: what KVM_RUN returned, ready to be matched on | no |
 //! | `kick.rs` | gets a vCPU out of KVM_RUN from another thread | signal handler |
+//! | `capabilities.rs` | [`Capability`]: what of KVM is needed or wanted | no |
+//! | `probe.rs` | [`measure`]: how fast this KVM runs a guest kernel | no |
 //! | `cpuid.rs` | KVM's supported CPUID, our Hyper-V leaves, topology | no |
 //! | `event.rs` | [`Event`]: an eventfd | borrowing its number |
 //!
 //! A VM descriptor is bound to the process that made it, so no other program could do any of this with a
 //! descriptor of ours. What the values *mean* is not known here: `hyperv/`, `pc/` and `run/` know.
 
+mod capabilities;
 mod cpuid;
 mod event;
 mod exit;
 mod kick;
 mod memory;
+mod probe;
 mod vcpu;
 mod vm;
 
 use std::io;
 
+pub use capabilities::{Capability, capabilities};
 pub use event::Event;
 pub use exit::{CallRegisters, Exit};
 pub use kick::{Kick, install_kick_handler};
 pub use memory::{GuestMapping, HugePages};
+pub use probe::{BOOT_INSTRUCTIONS_PER_SECOND, KvmSpeed, measure};
 pub use vcpu::{RunningVcpu, Vcpu};
 pub use vm::{Kvm, Vm};
 

@@ -20,6 +20,7 @@ use kvm_ioctls::{
     Cap, IoEventAddress, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd,
 };
 
+use super::capabilities::first_lacking;
 use super::memory::GuestMapping;
 use super::vcpu::{Vcpu, host_tsc};
 use super::{Event, KvmError, cpuid};
@@ -33,19 +34,6 @@ const VP_GSI_BASE: u32 = IOAPIC_PINS;
 /// Where Intel processors without unrestricted guest mode want three pages, out of RAM and of all devices.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
 
-/// What this program cannot do without, and how to say so.
-const REQUIRED: [(Cap, &str); 9] = [
-    (Cap::UserMemory, "memory slots"),
-    (Cap::Irqchip, "an in-kernel interrupt controller"),
-    (Cap::IrqRouting, "interrupt routing"),
-    (Cap::Irqfd, "irqfd"),
-    (Cap::Ioeventfd, "ioeventfd"),
-    (Cap::SignalMsi, "message-signalled interrupts"),
-    (Cap::X86UserSpaceMsr, "MSR exits to user space (Linux 5.10)"),
-    (Cap::X86MsrFilter, "the MSR filter (Linux 5.10)"),
-    (Cap::ImmediateExit, "immediate exit"),
-];
-
 /// /dev/kvm.
 #[derive(Debug)]
 pub struct Kvm {
@@ -57,25 +45,9 @@ pub struct Kvm {
 impl Kvm {
     /// Takes an open /dev/kvm and checks that it can do what we need.
     pub fn new(fd: OwnedFd) -> Result<Self, KvmError> {
-        // SAFETY: the descriptor is owned and given away.
-        let kvm = unsafe { kvm_ioctls::Kvm::from_raw_fd(fd.into_raw_fd()) };
-        // The stable interface has had this number since Linux 2.6.22.
-        if kvm.get_api_version() != 12 {
-            return Err(KvmError::new(
-                "use /dev/kvm",
-                io::Error::other("it is no KVM device"),
-            ));
-        }
-        for (capability, name) in REQUIRED {
-            if !kvm.check_extension(capability) {
-                return Err(KvmError::new(
-                    "use /dev/kvm",
-                    io::Error::other(format!("it lacks {name}")),
-                ));
-            }
-        }
-        if !kvm.check_extension(Cap::SyncRegs) {
-            let lacks = io::Error::other("it lacks registers in the vCPU page");
+        let kvm = open(fd)?;
+        if let Some(lacking) = first_lacking(&kvm) {
+            let lacks = io::Error::other(format!("it lacks {}", lacking.name));
             return Err(KvmError::new("use /dev/kvm", lacks));
         }
         let supported_cpuid = kvm
@@ -88,6 +60,18 @@ impl Kvm {
             tsc_deadline,
         })
     }
+}
+
+/// Checks that the descriptor is what it should be.
+pub(super) fn open(device: OwnedFd) -> Result<kvm_ioctls::Kvm, KvmError> {
+    // SAFETY: the descriptor is owned and given away.
+    let kvm = unsafe { kvm_ioctls::Kvm::from_raw_fd(device.into_raw_fd()) };
+    // The stable interface has had this number since Linux 2.6.22.
+    if kvm.get_api_version() != 12 {
+        let other = io::Error::other("it is no KVM device");
+        return Err(KvmError::new("use /dev/kvm", other));
+    }
+    Ok(kvm)
 }
 
 /// A virtual machine with its memory and interrupt controllers.

@@ -92,12 +92,14 @@ proptest! {
                     let moved = (reader.staged_index() + 4096 - before) % 4096;
                     prop_assert_eq!(moved as usize, bytes + 8);
                     // The layers above parse any bytes, too.
+                    // Whatever they say, they must not panic.
                     let _ = (packet.gpa_direct(), packet.transfer_pages());
                 }
                 Ok(None) => prop_assert_eq!(reader.staged_index(), before),
                 Err(RingFault::RingSize { .. }) => prop_assert!(false, "no fault of the size"),
                 Err(_) => prop_assert_eq!(reader.staged_index(), before),
             }
+            // Nobody waits for the signal.
             let _ = reader.commit();
             prop_assert_eq!(reader.committed_index(), reader.staged_index());
             prop_assert!(reader.committed_index() < 4096 && reader.committed_index().is_multiple_of(8));
@@ -126,8 +128,10 @@ proptest! {
                 Err(StageError::TooBig { .. }) => prop_assert!(needed >= 4096),
                 Err(_) => prop_assert_eq!(writer.staged_index(), before),
             }
+            // A fault is as good an answer as any here.
             let _ = writer.commit();
             prop_assert_eq!(writer.committed_index(), writer.staged_index());
+            // Likewise.
             let _ = writer.request_space(needed);
             prop_assert!(writer.committed_index() < 4096 && writer.committed_index().is_multiple_of(8));
         }

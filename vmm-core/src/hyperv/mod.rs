@@ -19,6 +19,8 @@
 //! timer of KVM is cheaper), flush and IPI hypercalls, AutoEOI (the hint "deprecated" is given; an AutoEOI bit
 //! in a SINT is stored and has no effect), 32-bit callers of the hypercall page (there is only a 64-bit boot).
 
+#![forbid(unsafe_code)]
+
 pub mod cpuid;
 pub mod hypercall;
 pub mod hypercall_page;

@@ -8,6 +8,8 @@
 //!
 //! Pure, but for `boot.rs`, which reads kernel and initrd from their descriptors straight into guest RAM.
 
+#![forbid(unsafe_code)]
+
 pub mod acpi;
 pub mod boot;
 pub mod clock;

@@ -6,7 +6,6 @@
 //! | `vcpu0`, `vcpu1`, … | KVM_RUN and the answers to its exits ([`processor`]) | the guest, one short lock |
 //! | control (the first) | sockets, timers, console input, the life of the VM ([`control`]) | its epoll |
 //! | `console` | writes what the guest printed | whoever reads it |
-//! | `populate` | asks for huge pages while the guest starts, then ends | the kernel |
 //!
 //! Between them stands [`machine::Machine`] behind one lock. The pure cores ([`crate::hyperv`], [`crate::bus`],
 //! [`crate::pc`]) decide; the files here carry out, through [`crate::kvm`], sockets and eventfds.
@@ -46,7 +45,7 @@ use self::gate::Gate;
 use self::links::{Links, Source};
 use self::machine::Machine;
 use self::partition::Pages;
-use self::power::Hardware;
+use self::power::{Hardware, PoweredOn};
 use self::processor::Shared;
 use self::start::Start;
 use self::timers::Timers;
@@ -88,7 +87,6 @@ fn build(start: Start, socket: &mut Socket) -> anyhow::Result<Control> {
 
     let layout = RamLayout::for_size(config.memory_bytes);
     let memory = Arc::new(GuestMapping::new(layout.clone())?);
-    let populated = populate::prepare(&memory, config.populate)?;
     let pages = Arc::new(Pages::new(config.vcpus)?);
     let (serial_interrupt, button) = (Event::new()?, Event::new()?);
     let (attention, console_room) = (Event::new()?, Event::new()?);
@@ -107,10 +105,15 @@ fn build(start: Start, socket: &mut Socket) -> anyhow::Result<Control> {
         kernel_format: config.kernel_format,
         initrd: start.initrd,
         command_line: config.cmdline,
+        populate: config.populate,
         serial_interrupt,
         button,
     };
-    let (partition, vcpus) = hardware.power_on()?;
+    let PoweredOn {
+        partition,
+        vcpus,
+        ram_pages,
+    } = hardware.power_on()?;
 
     let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
     let links = Links::new(socket.as_fd().try_clone_to_owned()?, epoll.clone())?;
@@ -142,7 +145,7 @@ fn build(start: Start, socket: &mut Socket) -> anyhow::Result<Control> {
         hardware,
         console_room,
         on_reset: config.on_reset,
-        populated,
+        ram_pages,
     };
     let control = Control::new(parts, vcpus)?;
     let report = serde_json::to_string(&report)?;

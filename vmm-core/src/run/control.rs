@@ -50,7 +50,7 @@ pub struct Control {
     pub console_room: Event,
     pub on_reset: OnReset,
     /// How guest RAM gets its pages.
-    pub populated: &'static str,
+    pub ram_pages: &'static str,
     processors: Vec<(Sender<Vcpu>, JoinHandle<()>)>,
     state: State,
     paused: bool,
@@ -67,7 +67,7 @@ pub struct Parts {
     pub writer: Writer,
     pub console_room: Event,
     pub on_reset: OnReset,
-    pub populated: &'static str,
+    pub ram_pages: &'static str,
 }
 
 impl Control {
@@ -81,7 +81,7 @@ impl Control {
             writer,
             console_room,
             on_reset,
-            populated,
+            ram_pages,
         } = parts;
         let mut processors = Vec::new();
         for vcpu in &vcpus {
@@ -98,7 +98,7 @@ impl Control {
             writer,
             console_room,
             on_reset,
-            populated,
+            ram_pages,
             processors,
             state: State::Prepared(vcpus),
             paused: false,
@@ -249,9 +249,9 @@ impl Control {
             machine.quiesced = None;
             machine.partition.remove_overlays()?;
             self.hardware.memory.wipe()?;
-            let (partition, vcpus) = self.hardware.power_on()?;
-            machine.partition = partition;
-            vcpus
+            let on = self.hardware.power_on()?;
+            machine.partition = on.partition;
+            on.vcpus
         };
         self.shared.console().reset();
         self.start_processors(vcpus);
@@ -413,7 +413,7 @@ impl Control {
                 "memory.bytes".to_owned(),
                 self.hardware.memory.total_bytes().to_string(),
             ),
-            ("memory.pages".to_owned(), self.populated.to_owned()),
+            ("memory.pages".to_owned(), self.ram_pages.to_owned()),
             ("console.written_bytes".to_owned(), written.to_string()),
             ("console.dropped_bytes".to_owned(), dropped.to_string()),
         ];

@@ -4,9 +4,10 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use vmbus::ipc::KernelFormat;
+use vmbus::ipc::{KernelFormat, Populate};
 
 use super::partition::{Pages, Partition};
+use super::populate;
 use crate::hyperv::reference_tsc::ReferenceClock;
 use crate::kvm::{Event, GuestMapping, Kvm, Vcpu, Vm};
 use crate::pc::acpi::POWER_BUTTON_GSI;
@@ -23,15 +24,25 @@ pub struct Hardware {
     pub kernel_format: KernelFormat,
     pub initrd: Option<File>,
     pub command_line: String,
+    pub populate: Populate,
     /// Interrupt line of the serial port.
     pub serial_interrupt: Event,
     /// Interrupt line of the power button.
     pub button: Event,
 }
 
+/// A machine whose vCPUs only need to be run.
+pub struct PoweredOn {
+    pub partition: Partition,
+    pub vcpus: Vec<Vcpu>,
+    /// How guest RAM gets its pages.
+    pub ram_pages: &'static str,
+}
+
 impl Hardware {
     /// Makes the machine anew. Guest RAM is zero: it has just been made, or wiped.
-    pub fn power_on(&self) -> anyhow::Result<(Partition, Vec<Vcpu>)> {
+    pub fn power_on(&self) -> anyhow::Result<PoweredOn> {
+        let ram_pages = populate::prepare(&self.memory, self.populate)?;
         let boot = Boot {
             kernel: &self.kernel,
             format: self.kernel_format,
@@ -52,6 +63,11 @@ impl Hardware {
         let clock = ReferenceClock::new(tsc_khz, first.tsc()?)
             .ok_or_else(|| anyhow::anyhow!("a TSC of {tsc_khz} kHz cannot be the guest's clock"))?;
         let (memory, pages) = (self.memory.clone(), self.pages.clone());
-        Ok((Partition::new(vm, self.vp_count, memory, pages, clock), vcpus))
+        let partition = Partition::new(vm, self.vp_count, memory, pages, clock);
+        Ok(PoweredOn {
+            partition,
+            vcpus,
+            ram_pages,
+        })
     }
 }

@@ -10,6 +10,7 @@ pub mod netvsp;
 mod processes;
 pub mod rig;
 pub mod ring;
+mod storvsp;
 
 use crate::rig::workspace_root;
 use anyhow::{Context, Result, bail, ensure};
@@ -113,6 +114,10 @@ const GROUPS: &[Group] = &[
     Group {
         names: &["ring-256", "ring-64k"],
         measure: ring::measure,
+    },
+    Group {
+        names: &["storvsp-cpu", "storvsp-interrupts"],
+        measure: storvsp::measure,
     },
     Group {
         names: &["netvsp-pps"],

@@ -119,6 +119,15 @@ fn no_program_reaches_what_it_must_not_have() {
     for (program, forbidden) in FORBIDDEN {
         let root = CrateTree::read(&workspace_root().join(program)).expect("a program can be read");
         crates.insert("program".into(), root);
+        if program.ends_with("/bulkhead.rs") {
+            // `bulkhead doctor` measures KVM in a process that never becomes a supervisor. Nothing else may take its way.
+            let doctor = ["cli", "doctor"].map(String::from);
+            let library = crates.get_mut("vmm_core").expect("it was read above");
+            assert!(
+                library.modules.remove(&doctor[..]).is_some(),
+                "the doctor has moved"
+            );
+        }
         let reached: BTreeSet<String> = reachable(&crates, "program")
             .into_iter()
             .map(|(name, path)| [&[name][..], &path[..]].concat().join("::"))

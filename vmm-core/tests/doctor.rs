@@ -1,4 +1,5 @@
 //! `bulkhead doctor` as a person runs it, on whatever host this is.
+#![forbid(unsafe_code)]
 
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};

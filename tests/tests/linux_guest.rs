@@ -26,9 +26,14 @@ network_up() {
     for try in $(seq 50); do timeout 5 wget -q -O /dev/null http://192.168.215.1:8080/hello && return 0; usleep 200000; done
     fail "the host does not answer"
 }
-# Nothing of ours may have gone wrong unseen.
+# Nothing of ours may have gone wrong unseen. One warning is the emulated processor's (its XSAVE leaves do not add up):
+# QEMU's own guest in the rig prints it, too, so that this one block is left out.
 quiet_log() {
-    dmesg | grep -iE 'i/o error|incorrect transaction|invalid transaction|call trace|warning:|hv_.*(fail|error|timed out)|hung|blocked for' && fail "the kernel's log complains"
+    dmesg | awk '/cut here/ { block = ""; inside = 1 }
+        inside { block = block "\n" $0 }
+        /end trace/ && inside { if (block !~ /fpu__init_system_xstate/) print block; inside = 0; next }
+        !inside' >/tmp/log
+    grep -iE 'i/o error|incorrect transaction|invalid transaction|call trace|warning:|hv_.*(fail|error|timed out)|hung|blocked for' /tmp/log && fail "the kernel's log complains"
     return 0
 }
 "#;

@@ -134,6 +134,18 @@ impl Room {
         Ok(found.ok_or(VscError::Missing("entry of that path"))?.1)
     }
 
+    /// Asks until the answer is `expected`, because the guest's last completions may still be in the ring when the
+    /// server answers; at the deadline the last answer is returned.
+    pub fn inspect_until(&mut self, path: &str, expected: &str) -> Result<String, RoomError> {
+        let end = deadline();
+        loop {
+            let found = self.inspect(path)?;
+            if found == expected || Instant::now() > end {
+                return Ok(found);
+            }
+        }
+    }
+
     /// A deadline for one step, from now.
     pub fn deadline(&self) -> Instant {
         deadline()

@@ -82,8 +82,9 @@ fn frames_with_the_guest_are_not_overwritten_by_the_successor() {
     driver.frames.clear();
     let held = driver.held();
     replace(&mut room);
-    let free = room.inspect("receive-buffer/free").expect("a number");
-    assert_eq!(free, (driver.suballocation_count as usize - held).to_string());
+    let expected = (driver.suballocation_count as usize - held).to_string();
+    let free = room.inspect_until("receive-buffer/free", &expected);
+    assert_eq!(free.expect("a number"), expected);
     // The driver refuses a sub-allocation that it holds.
     for number in 100..140 {
         network.put(&to_guest(number, 100));
@@ -93,13 +94,14 @@ fn frames_with_the_guest_are_not_overwritten_by_the_successor() {
     }
     driver.return_all().expect("returned");
     driver.set_filter(FILTER, room.deadline()).expect("seen");
-    let free = room.inspect("receive-buffer/free").expect("a number");
-    assert_eq!(free, driver.suballocation_count.to_string());
+    let expected = driver.suballocation_count.to_string();
+    let free = room.inspect_until("receive-buffer/free", &expected);
+    assert_eq!(free.expect("a number"), expected);
 }
 
 /// The server is killed at any point of a conversation in both directions.
 #[test]
-fn killed_under_load_nothing_is_completed_twice_and_at_most_a_credit_a_death_is_lost() {
+fn killed_under_load_nothing_is_completed_twice_and_every_credit_comes_back() {
     let (mut room, mut network, mut driver) = running(DriverOptions {
         queues: 2,
         ..DriverOptions::default()
@@ -107,7 +109,11 @@ fn killed_under_load_nothing_is_completed_twice_and_at_most_a_credit_a_death_is_
     let reader = network.read_all();
     let mut sent = 0u32;
     let mut seen = BTreeSet::new();
-    for round in 0..12u32 {
+    // Twelve deaths, and as many more as it takes until the load was worth the name.
+    for round in 0..200u32 {
+        if round >= 12 && seen.len() > 20 && sent > 100 {
+            break;
+        }
         for _ in 0..150 {
             for channel in 0..2 {
                 let frame = from_guest(sent, 100 + sent as usize % 1200);
@@ -138,11 +144,9 @@ fn killed_under_load_nothing_is_completed_twice_and_at_most_a_credit_a_death_is_
         .set_filter(0, room.deadline())
         .expect("the server has seen all completions");
     assert_eq!(driver.held(), 0);
-    // Known shortcoming, cause not found yet: about one run in ten ends with one sub-allocation that the server believes
-    // held although the guest has given it back. It is free again once the NIC is opened anew.
-    let free = room.inspect("receive-buffer/free").expect("a number");
-    let missing = driver.suballocation_count - free.parse::<u32>().expect("a number");
-    assert!(missing <= 12, "{missing} sub-allocations are missing");
+    let expected = driver.suballocation_count.to_string();
+    let free = room.inspect_until("receive-buffer/free", &expected);
+    assert_eq!(free.expect("a number"), expected);
     assert!(seen.len() > 20 && sent > 100, "{} {sent}", seen.len());
     network.end(reader);
 }

@@ -4,7 +4,6 @@ use super::{HostError, OutOfRange};
 use nix::errno::Errno;
 use std::arch::asm;
 use std::ffi::CString;
-use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -175,20 +174,6 @@ impl SharedMap {
         Ok(())
     }
 
-    /// Checks once that `len` bytes at `offset` are mapped, and writes them piece by piece: for small pieces, of which a check
-    /// each would cost more than the copy.
-    #[inline(always)]
-    pub(crate) fn write_pieces(&self, offset: u64, len: usize) -> Result<PieceWriter<'_>, OutOfRange> {
-        self.assert_writable();
-        let at = self.address(offset, len)?;
-        forget_shared_contents();
-        Ok(PieceWriter {
-            at,
-            left: len,
-            map: PhantomData,
-        })
-    }
-
     /// Sets `len` bytes at `offset` to `value`.
     pub fn fill(&self, offset: u64, len: usize, value: u8) -> Result<(), OutOfRange> {
         self.assert_writable();
@@ -322,37 +307,6 @@ impl SharedMap {
     pub fn swap_u64(&self, offset: u64, value: u64, ordering: Ordering) -> Result<u64, OutOfRange> {
         self.assert_writable();
         self.with_u64(offset, |word| u64::from_le(word.swap(value.to_le(), ordering)))
-    }
-}
-
-/// A stretch of a map that is being written from its start. See [`SharedMap::write_pieces`].
-pub(crate) struct PieceWriter<'map> {
-    /// Points to `left` mapped, writable bytes.
-    at: *mut u8,
-    left: usize,
-    map: PhantomData<&'map SharedMap>,
-}
-
-impl PieceWriter<'_> {
-    /// Writes `piece` behind what was written. To write more than was asked for is a mistake of ours.
-    #[inline(always)]
-    pub(crate) fn put(&mut self, piece: &[u8]) {
-        assert!(piece.len() <= self.left, "more pieces than were announced");
-        #[cfg(test)]
-        super::crash_point::before_store();
-        // SAFETY: `at` has `left` mapped, writable bytes (checked by `write_pieces`, kept below), and the map lives
-        // longer than `self`; `piece` is private memory, so the two cannot overlap.
-        unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), self.at, piece.len()) };
-        // SAFETY: within the same mapping, or one past its end.
-        self.at = unsafe { self.at.add(piece.len()) };
-        self.left -= piece.len();
-    }
-}
-
-impl Drop for PieceWriter<'_> {
-    #[inline(always)]
-    fn drop(&mut self) {
-        forget_shared_contents();
     }
 }
 

@@ -34,9 +34,9 @@ pub(super) use modelled::full_fence;
 
 #[cfg(not(loom))]
 mod mapped {
-    use crate::mem::{PAGE_BYTES, PieceWriter, SharedMap};
+    use crate::mem::{PAGE_BYTES, SharedMap};
     use crate::ring::area::RingArea;
-    use crate::ring::{ControlWord, RingFault, advance};
+    use crate::ring::{ControlWord, RingFault};
     use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
@@ -150,13 +150,13 @@ mod mapped {
             self.ring.area.read(PAGE_BYTES, second).expect(CHECKED);
         }
 
-        /// Where `len` bytes shall be written from `index` on, part by part. `len` is below the data size.
+        /// Copies in from `index` on, around the end if need be. `data` is at most as long as the data area.
         #[inline(always)]
-        pub(in crate::ring) fn place(&self, index: u32, len: usize) -> Place<'_> {
+        pub(in crate::ring) fn write(&self, index: u32, data: &[u8]) {
             self.before_access();
-            match self.straight(index, len) {
-                Some(offset) => Place::Straight(self.map.write_pieces(offset, len).expect(CHECKED)),
-                None => Place::Around { memory: self, index },
+            match self.straight(index, data.len()) {
+                Some(offset) => self.map.write(offset, data).expect(CHECKED),
+                None => self.write_around(index, data),
             }
         }
 
@@ -169,28 +169,6 @@ mod mapped {
                 .write(PAGE_BYTES + u64::from(index), first)
                 .expect(CHECKED);
             self.ring.area.write(PAGE_BYTES, second).expect(CHECKED);
-        }
-    }
-
-    /// A packet being written.
-    pub(in crate::ring) enum Place<'ring> {
-        /// In one piece of the map.
-        Straight(PieceWriter<'ring>),
-        /// Around the end, or over scattered pages.
-        Around { memory: &'ring RingMemory, index: u32 },
-    }
-
-    impl Place<'_> {
-        /// Writes the next part.
-        #[inline(always)]
-        pub(in crate::ring) fn put(&mut self, part: &[u8]) {
-            match self {
-                Place::Straight(pieces) => pieces.put(part),
-                Place::Around { memory, index } => {
-                    memory.write_around(*index, part);
-                    *index = advance(*index, part.len() as u32, memory.ring.data_bytes);
-                }
-            }
         }
     }
 }
@@ -258,27 +236,11 @@ mod modelled {
             }
         }
 
-        pub(in crate::ring) fn place(&self, index: u32, _len: usize) -> Place<'_> {
-            Place {
-                memory: self,
-                word: index as usize / 8,
-            }
-        }
-    }
-
-    /// A packet being written: multiples of eight bytes.
-    pub(in crate::ring) struct Place<'ring> {
-        memory: &'ring RingMemory,
-        word: usize,
-    }
-
-    impl Place<'_> {
-        pub(in crate::ring) fn put(&mut self, part: &[u8]) {
-            for chunk in part.chunks_exact(8) {
+        pub(in crate::ring) fn write(&self, index: u32, data: &[u8]) {
+            for (offset, chunk) in data.chunks_exact(8).enumerate() {
+                let word = (index as usize / 8 + offset) % self.data.len();
                 let value = chunk.try_into().expect("eight bytes");
-                let data = &self.memory.data;
-                data[self.word % data.len()].store(u64::from_le_bytes(value), Ordering::Relaxed);
-                self.word += 1;
+                self.data[word].store(u64::from_le_bytes(value), Ordering::Relaxed);
             }
         }
     }

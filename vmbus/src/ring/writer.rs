@@ -107,8 +107,8 @@ impl RingWriter {
             packet_bytes,
             data_bytes: size,
         };
-        let ([first, second], lengths) = packet.encoded().ok_or(too_big(usize::MAX))?;
-        let packet_bytes = lengths.packet_bytes();
+        let (descriptor, length8) = packet.descriptor_bytes().ok_or(too_big(usize::MAX))?;
+        let packet_bytes = u32::from(length8) * 8;
         let needed = packet_bytes + TRAILER_BYTES as u32;
         if needed >= size {
             return Err(too_big(packet_bytes as usize));
@@ -119,22 +119,29 @@ impl RingWriter {
                 return Err(StageError::Full);
             }
         }
-        // The parts are `needed` bytes together.
-        let mut place = self.memory.place(self.staged, needed as usize);
-        place.put(&first.to_le_bytes());
-        place.put(&second.to_le_bytes());
+        // Each part lies within `needed`, which is below the size: one wrap at most.
+        let mut at = self.staged;
+        self.memory.write(at, &descriptor);
+        at = advance(at, DESCRIPTOR_BYTES as u32, size);
         if !packet.extra_header.is_empty() {
-            place.put(packet.extra_header);
+            self.memory.write(at, packet.extra_header);
+            at = advance(at, packet.extra_header.len() as u32, size);
         }
+        let mut payload_bytes = 0;
         for part in packet.payload {
-            place.put(part);
+            self.memory.write(at, part);
+            at = advance(at, part.len() as u32, size);
+            payload_bytes += part.len();
         }
-        if lengths.padding_bytes != 0 {
-            place.put(&[0; 7][..lengths.padding_bytes]);
+        let padding = payload_bytes.next_multiple_of(8) - payload_bytes;
+        if padding != 0 {
+            self.memory.write(at, &[0; 7][..padding]);
+            at = advance(at, padding as u32, size);
         }
         // A zero word, then where this packet began.
-        place.put(&(u64::from(self.staged) << 32).to_le_bytes());
-        self.staged = advance(self.staged, needed, size);
+        self.memory
+            .write(at, &(u64::from(self.staged) << 32).to_le_bytes());
+        self.staged = advance(at, TRAILER_BYTES as u32, size);
         Ok(())
     }
 

@@ -668,10 +668,8 @@ proptest! {
             payload: &[&bytes[..len]],
         };
         let descriptor = out.descriptor().expect("short");
-        let (words, lengths) = out.encoded().expect("short");
-        let words = words.map(u64::to_le_bytes).concat();
-        prop_assert_eq!(descriptor.as_bytes(), &words[..]);
-        prop_assert_eq!(u32::from(descriptor.length8.get()) * 8, lengths.packet_bytes());
-        prop_assert_eq!(lengths.packet_bytes() as usize, 16 + extra8 * 8 + len + lengths.padding_bytes);
+        let (in_registers, length8) = out.descriptor_bytes().expect("short");
+        prop_assert_eq!(descriptor.as_bytes(), &in_registers[..]);
+        prop_assert_eq!(descriptor.length8.get(), length8);
     }
 }

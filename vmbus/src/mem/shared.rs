@@ -115,7 +115,7 @@ impl SharedMap {
     }
 
     /// The address of `len` bytes at `offset`, or an error if they are not all mapped.
-    #[inline(always)]
+    #[inline]
     fn address(&self, offset: u64, len: usize) -> Result<*mut u8, OutOfRange> {
         // `len` of the map fits in isize (mmap), so once the comparison holds nothing below can overflow.
         match offset.checked_add(len as u64) {
@@ -151,7 +151,7 @@ impl SharedMap {
     }
 
     /// Copies `out.len()` bytes at `offset` into private memory.
-    #[inline(always)]
+    #[inline]
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), OutOfRange> {
         let from = self.address(offset, out.len())?;
         forget_shared_contents();
@@ -163,7 +163,7 @@ impl SharedMap {
     }
 
     /// Copies `data` from private memory to `offset`.
-    #[inline(always)]
+    #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutOfRange> {
         self.assert_writable();
         let to = self.address(offset, data.len())?;

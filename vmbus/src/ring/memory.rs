@@ -34,20 +34,13 @@ pub(super) use modelled::full_fence;
 
 #[cfg(not(loom))]
 mod mapped {
-    use crate::mem::{PAGE_BYTES, SharedMap};
+    use crate::mem::PAGE_BYTES;
     use crate::ring::area::RingArea;
     use crate::ring::{ControlWord, RingFault};
-    use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
-    /// A ring in mapped memory. Where its parts lie is looked up once: a packet that lies in one piece costs one
-    /// bounds check and one copy for each of its parts.
+    /// A ring in mapped memory.
     pub(in crate::ring) struct RingMemory {
-        map: Arc<SharedMap>,
-        /// Offset in the map of the control page.
-        words: u64,
-        /// Offset in the map of the data area, if that lies there in one piece.
-        data: Option<u64>,
         ring: RingArea,
         #[cfg(test)]
         adversary: Adversary,
@@ -68,20 +61,10 @@ mod mapped {
 
     impl RingMemory {
         pub(in crate::ring) fn new(ring: RingArea) -> Result<Self, RingFault> {
-            let fault = RingFault::RingSize {
-                area_bytes: ring.area.len(),
-                downstream_page_offset: 0,
-            };
-            // Not in one piece only if the area does not begin on a page: no ring of a guest.
-            let (map, words) = ring.area.in_one_piece(0, PAGE_BYTES).ok_or(fault)?;
-            let data = ring.area.in_one_piece(PAGE_BYTES, u64::from(ring.data_bytes));
             Ok(Self {
-                map: map.clone(),
-                words,
-                data: data.map(|(_, offset)| offset),
+                ring,
                 #[cfg(test)]
                 adversary: Adversary::default(),
-                ring,
             })
         }
 
@@ -90,7 +73,7 @@ mod mapped {
             *self.adversary.borrow_mut() = Some(adversary);
         }
 
-        #[inline(always)]
+        #[inline]
         fn before_access(&self) {
             #[cfg(test)]
             if let Some(adversary) = self.adversary.borrow_mut().as_mut() {
@@ -106,69 +89,47 @@ mod mapped {
         #[inline]
         pub(in crate::ring) fn load(&self, word: ControlWord, ordering: Ordering) -> u32 {
             self.before_access();
-            self.map
-                .load_u32(self.words + word as u64, ordering)
-                .expect(CHECKED)
+            self.ring.area.load_u32(word as u64, ordering).expect(CHECKED)
         }
 
         #[inline]
         pub(in crate::ring) fn store(&self, word: ControlWord, value: u32, ordering: Ordering) {
             self.before_access();
-            self.map
-                .store_u32(self.words + word as u64, value, ordering)
+            self.ring
+                .area
+                .store_u32(word as u64, value, ordering)
                 .expect(CHECKED);
-        }
-
-        /// Offset in the map of `len` bytes at `index`, unless they wrap or the data area is scattered.
-        #[inline(always)]
-        fn straight(&self, index: u32, len: usize) -> Option<u64> {
-            match self.data {
-                Some(data) if len <= (self.ring.data_bytes - index) as usize => Some(data + u64::from(index)),
-                _ => None,
-            }
         }
 
         /// Copies out from `index` on, around the end if need be. `out` is at most as long as the data area.
-        #[inline(always)]
+        #[inline]
         pub(in crate::ring) fn read(&self, index: u32, out: &mut [u8]) {
             self.before_access();
-            match self.straight(index, out.len()) {
-                Some(offset) => self.map.read(offset, out).expect(CHECKED),
-                None => self.read_around(index, out),
+            let until_end = (self.ring.data_bytes - index) as usize;
+            let at = PAGE_BYTES + u64::from(index);
+            if out.len() <= until_end {
+                self.ring.area.read(at, out).expect(CHECKED);
+            } else {
+                let (first, second) = out.split_at_mut(until_end);
+                self.ring.area.read(at, first).expect(CHECKED);
+                self.before_access();
+                self.ring.area.read(PAGE_BYTES, second).expect(CHECKED);
             }
-        }
-
-        #[inline(never)]
-        fn read_around(&self, index: u32, out: &mut [u8]) {
-            let until_end = out.len().min((self.ring.data_bytes - index) as usize);
-            let (first, second) = out.split_at_mut(until_end);
-            self.ring
-                .area
-                .read(PAGE_BYTES + u64::from(index), first)
-                .expect(CHECKED);
-            self.before_access();
-            self.ring.area.read(PAGE_BYTES, second).expect(CHECKED);
         }
 
         /// Copies in from `index` on, around the end if need be. `data` is at most as long as the data area.
-        #[inline(always)]
+        #[inline]
         pub(in crate::ring) fn write(&self, index: u32, data: &[u8]) {
             self.before_access();
-            match self.straight(index, data.len()) {
-                Some(offset) => self.map.write(offset, data).expect(CHECKED),
-                None => self.write_around(index, data),
+            let until_end = (self.ring.data_bytes - index) as usize;
+            let at = PAGE_BYTES + u64::from(index);
+            if data.len() <= until_end {
+                self.ring.area.write(at, data).expect(CHECKED);
+            } else {
+                let (first, second) = data.split_at(until_end);
+                self.ring.area.write(at, first).expect(CHECKED);
+                self.ring.area.write(PAGE_BYTES, second).expect(CHECKED);
             }
-        }
-
-        #[inline(never)]
-        fn write_around(&self, index: u32, data: &[u8]) {
-            let until_end = data.len().min((self.ring.data_bytes - index) as usize);
-            let (first, second) = data.split_at(until_end);
-            self.ring
-                .area
-                .write(PAGE_BYTES + u64::from(index), first)
-                .expect(CHECKED);
-            self.ring.area.write(PAGE_BYTES, second).expect(CHECKED);
         }
     }
 }

@@ -6,6 +6,7 @@ use super::signal::{self, Signal};
 use super::{ControlWord, RingFault, advance, check_index, free_bytes};
 use crate::wire::{DESCRIPTOR_BYTES, OutPacket, TRAILER_BYTES};
 use std::sync::atomic::Ordering;
+use zerocopy::IntoBytes;
 
 /// Why a packet was not staged. Nothing has moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -107,8 +108,8 @@ impl RingWriter {
             packet_bytes,
             data_bytes: size,
         };
-        let (descriptor, length8) = packet.descriptor_bytes().ok_or(too_big(usize::MAX))?;
-        let packet_bytes = u32::from(length8) * 8;
+        let descriptor = packet.descriptor().ok_or(too_big(usize::MAX))?;
+        let packet_bytes = u32::from(descriptor.length8.get()) * 8;
         let needed = packet_bytes + TRAILER_BYTES as u32;
         if needed >= size {
             return Err(too_big(packet_bytes as usize));
@@ -119,29 +120,27 @@ impl RingWriter {
                 return Err(StageError::Full);
             }
         }
-        // Each part lies within `needed`, which is below the size: one wrap at most.
         let mut at = self.staged;
-        self.memory.write(at, &descriptor);
-        at = advance(at, DESCRIPTOR_BYTES as u32, size);
+        let mut put = |bytes: &[u8]| {
+            self.memory.write(at, bytes);
+            // Each part lies within `needed`, which is below the size.
+            at = advance(at, bytes.len() as u32, size);
+        };
+        put(descriptor.as_bytes());
         if !packet.extra_header.is_empty() {
-            self.memory.write(at, packet.extra_header);
-            at = advance(at, packet.extra_header.len() as u32, size);
+            put(packet.extra_header);
         }
         let mut payload_bytes = 0;
         for part in packet.payload {
-            self.memory.write(at, part);
-            at = advance(at, part.len() as u32, size);
+            put(part);
             payload_bytes += part.len();
         }
+        // Padding and trailer in one write: up to seven zero bytes, a zero word, then where this packet began.
+        let mut tail = [0; 7 + TRAILER_BYTES];
         let padding = payload_bytes.next_multiple_of(8) - payload_bytes;
-        if padding != 0 {
-            self.memory.write(at, &[0; 7][..padding]);
-            at = advance(at, padding as u32, size);
-        }
-        // A zero word, then where this packet began.
-        self.memory
-            .write(at, &(u64::from(self.staged) << 32).to_le_bytes());
-        self.staged = advance(at, TRAILER_BYTES as u32, size);
+        tail[padding + 4..padding + TRAILER_BYTES].copy_from_slice(&self.staged.to_le_bytes());
+        put(&tail[..padding + TRAILER_BYTES]);
+        self.staged = at;
         Ok(())
     }
 

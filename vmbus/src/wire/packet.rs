@@ -254,9 +254,8 @@ impl<'a> OutPacket<'a> {
             .try_fold(0usize, |sum, part| sum.checked_add(part.len()))
     }
 
-    /// Header and packet length in 8-byte units; `None` if one does not fit in its 16 bits.
-    #[inline]
-    fn lengths(&self) -> Option<(u16, u16)> {
+    /// The descriptor; `None` if a length does not fit in its 16 bits. `extra_header` must be a multiple of 8 long.
+    pub fn descriptor(&self) -> Option<PacketDescriptor> {
         assert!(
             self.extra_header.len().is_multiple_of(8),
             "type-specific header of {} bytes",
@@ -266,44 +265,18 @@ impl<'a> OutPacket<'a> {
         let packet_bytes = header_bytes
             .checked_add(self.payload_bytes()?)?
             .checked_next_multiple_of(8)?;
-        Some((
-            u16::try_from(header_bytes / 8).ok()?,
-            u16::try_from(packet_bytes / 8).ok()?,
-        ))
-    }
-
-    #[inline]
-    fn flags(&self) -> u16 {
-        if self.completion_requested {
-            COMPLETION_REQUESTED
-        } else {
-            0
-        }
-    }
-
-    /// The descriptor; `None` if a length does not fit in its 16 bits. `extra_header` must be a multiple of 8 long.
-    pub fn descriptor(&self) -> Option<PacketDescriptor> {
-        let (offset8, length8) = self.lengths()?;
         Some(PacketDescriptor {
             packet_type: self.kind.0.into(),
-            offset8: offset8.into(),
-            length8: length8.into(),
-            flags: self.flags().into(),
+            offset8: u16::try_from(header_bytes / 8).ok()?.into(),
+            length8: u16::try_from(packet_bytes / 8).ok()?.into(),
+            flags: (if self.completion_requested {
+                COMPLETION_REQUESTED
+            } else {
+                0
+            })
+            .into(),
             transaction_id: self.transaction_id.into(),
         })
-    }
-
-    /// The descriptor's bytes and `length8`: the same as [`OutPacket::descriptor`], put together in registers. (Built
-    /// field by field in memory and then copied as a whole it costs a stalled load, a fifth of a small packet's time.)
-    #[inline]
-    pub(crate) fn descriptor_bytes(&self) -> Option<([u8; DESCRIPTOR_BYTES], u16)> {
-        let (offset8, length8) = self.lengths()?;
-        let word = u128::from(self.kind.0)
-            | u128::from(offset8) << 16
-            | u128::from(length8) << 32
-            | u128::from(self.flags()) << 48
-            | u128::from(self.transaction_id) << 64;
-        Some((word.to_le_bytes(), length8))
     }
 }
 

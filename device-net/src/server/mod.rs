@@ -115,6 +115,8 @@ impl Server {
     fn serve(&mut self) -> Result<(), ServerError> {
         let mut events = [EpollEvent::empty(); EVENTS_PER_WAIT];
         loop {
+            // A guest names a GPADL in a packet after bulkhead-vcpu has told us of it: what it says comes first.
+            self.on_port()?;
             let mut busy = self.nic.round(&self.port)?;
             self.carry_out()?;
             busy = busy || self.nic.prepare_sleep();

@@ -5,7 +5,7 @@
 //!                      ──▶ target, disk ──▶ answer now (INQUIRY, refusals)
 //!                                      ──▶ engine ──▶ … ──▶ answer later
 //! ```
-//! It knows neither rings nor journals: `server.rs` gives it requests and sends its answers.
+//! It knows neither rings nor journals: `server` gives it requests and sends its answers.
 
 use crate::backend::engine::{Engine, RequestId, Started};
 use crate::backend::fence::{self, FenceError};

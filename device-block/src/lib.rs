@@ -12,7 +12,7 @@
 //! | host | short reads, errors, files that shrink | [`backend::job`] |
 //!
 //! ```text
-//!   server.rs      the loop: io_uring, rings, tokens, answers
+//!   server/         the loop: io_uring, rings, tokens, answers
 //!     controller.rs   a request -> an answer, or work
 //!       storvsp/        the protocol's bytes and its conversation      pure
 //!       scsi/           commands and disks                             pure

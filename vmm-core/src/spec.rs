@@ -16,7 +16,7 @@ use vmbus::ipc::{OnReset, Populate};
 
 pub use device::{CacheMode, DiskSource, DiskSpec, NetBackend, NetSpec};
 pub use file::{FileError, read_file};
-pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Size, Vcpus};
+pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus};
 
 /// Limit: the least in which a Linux kernel and its initrd get as far as a message.
 const MIN_MEMORY: Size = Size(32 << 20);
@@ -46,6 +46,7 @@ pub struct VmSpec {
     pub console: Console,
     pub on_reset: OnReset,
     pub on_crash: OnCrash,
+    pub restart: Restart,
     pub populate: Populate,
     pub require_full_sandbox: bool,
     /// What the processes of the VM log, for example `info` or `info,storvsp=debug`.
@@ -70,6 +71,7 @@ pub struct Draft {
     #[serde(default, deserialize_with = "value::by_text_option")]
     pub on_reset: Option<value::OnResetWord>,
     pub on_crash: Option<OnCrash>,
+    pub restart: Option<Restart>,
     #[serde(default, deserialize_with = "value::by_text_option")]
     pub populate: Option<value::PopulateWord>,
     pub require_full_sandbox: Option<bool>,
@@ -114,6 +116,7 @@ impl Draft {
             console: flags.console.or(self.console),
             on_reset: flags.on_reset.or(self.on_reset),
             on_crash: flags.on_crash.or(self.on_crash),
+            restart: flags.restart.or(self.restart),
             populate: flags.populate.or(self.populate),
             require_full_sandbox: flags.require_full_sandbox.or(self.require_full_sandbox),
             log: flags.log.or(self.log),
@@ -146,6 +149,7 @@ impl Draft {
             console,
             on_reset: self.on_reset.unwrap_or_default().0,
             on_crash: self.on_crash.unwrap_or_default(),
+            restart: self.restart.unwrap_or_default(),
             populate: self.populate.unwrap_or_default().0,
             require_full_sandbox: self.require_full_sandbox.unwrap_or(false),
             log: self.log.unwrap_or_else(|| "warn".to_owned()),

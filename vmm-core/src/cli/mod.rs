@@ -124,6 +124,7 @@ mod tests {
                 "cannot be used multiple times",
             ),
             (&["--on-crash", "explode"], "say report or exit"),
+            (&["--restart", "never"], "say careful or always"),
             (&["--name", "../x"], "is no name for a VM"),
         ] {
             let said = refused(args);

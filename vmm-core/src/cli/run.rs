@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::programs;
 use crate::spec::{
-    Console, DiskSpec, Draft, Name, NetSpec, OnCrash, OnResetWord, PopulateWord, Size, Vcpus, VmSpec,
-    read_file,
+    Console, DiskSpec, Draft, Name, NetSpec, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus,
+    VmSpec, read_file,
 };
 use crate::supervisor::report::{Outcome, say};
 use crate::supervisor::{self, Options, folder};
@@ -55,6 +55,9 @@ pub(super) struct RunArgs {
     /// What a crash of the guest's kernel does: report or exit [default: report]
     #[arg(long, value_name = "WHAT")]
     on_crash: Option<OnCrash>,
+    /// Successors of servers that die: careful (pauses, and a server that only dies is held) or always [default: careful]
+    #[arg(long, value_name = "WHEN")]
+    restart: Option<Restart>,
     /// Whether to fault in the guest's memory at the start: auto, never or always [default: auto]
     #[arg(long, value_name = "WHEN")]
     populate: Option<PopulateWord>,
@@ -113,6 +116,7 @@ fn describe(args: RunArgs) -> Result<VmSpec, String> {
         console: args.console,
         on_reset: args.on_reset,
         on_crash: args.on_crash,
+        restart: args.restart,
         populate: args.populate,
         require_full_sandbox: args.require_full_sandbox.then_some(true),
         log: args.log,

@@ -78,7 +78,7 @@ fn line_and_column(text: &str, at: usize) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{NetBackend, OnCrash, Size};
+    use crate::spec::{NetBackend, OnCrash, Restart, Size};
 
     fn mistake(text: &str) -> String {
         parse(Path::new("vm.toml"), text).expect_err(text).to_string()
@@ -96,6 +96,7 @@ mod tests {
             console = "file=out.log"
             on-reset = "exit"
             on-crash = "exit"
+            restart = "always"
             populate = "never"
             require-full-sandbox = true
             log = "info"
@@ -114,6 +115,7 @@ mod tests {
         let draft = parse(Path::new("vm.toml"), text).expect("right");
         assert_eq!(draft.memory, Some(Size(1 << 30)));
         assert_eq!(draft.on_crash, Some(OnCrash::Exit));
+        assert_eq!(draft.restart, Some(Restart::Always));
         assert_eq!(draft.disks.len(), 2);
         let backends: Vec<_> = draft.nets.iter().map(|net| net.backend.clone()).collect();
         assert_eq!(backends, [NetBackend::User, NetBackend::TapFd(7)]);

@@ -47,6 +47,16 @@ pub enum OnCrash {
     Exit,
 }
 
+/// Which deaths of a server get it a successor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Restart {
+    /// After ever longer pauses, and none to a server that does nothing but die: its device is held then.
+    #[default]
+    Careful,
+    /// Every death, at once. For tests that kill servers, and for who would rather have load than a silent device.
+    Always,
+}
+
 /// [`OnReset`] as a word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OnResetWord(pub OnReset);
@@ -206,6 +216,18 @@ impl FromStr for Console {
     }
 }
 
+impl FromStr for Restart {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "careful" => Ok(Restart::Careful),
+            "always" => Ok(Restart::Always),
+            _ => Err(format!("restart is not {text:?}: say careful or always")),
+        }
+    }
+}
+
 impl FromStr for OnCrash {
     type Err = String;
 
@@ -276,7 +298,7 @@ macro_rules! read_by_text {
     )*};
 }
 
-read_by_text!(Name, Size, Mac, Console, OnCrash);
+read_by_text!(Name, Size, Mac, Console, OnCrash, Restart);
 
 impl<'de> Deserialize<'de> for Vcpus {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use crate::spec::Restart;
+
 /// A server that ran so long has been calm: what happened before is forgotten for the pause.
 const CALM_MS: u64 = 10_000;
 
@@ -22,6 +24,7 @@ const _: () = assert!(LOOP_DEATHS > PAUSES_MS.len());
 /// What is remembered of a room's servers. Times are in milliseconds of any clock that does not go back.
 #[derive(Clone, Debug, Default)]
 pub struct History {
+    restart: Restart,
     /// The last deaths, the newest at the back.
     deaths: VecDeque<u64>,
     since_calm: usize,
@@ -37,8 +40,19 @@ pub enum Decision {
 }
 
 impl History {
+    /// Nobody has died yet.
+    pub fn new(restart: Restart) -> Self {
+        History {
+            restart,
+            ..History::default()
+        }
+    }
+
     /// A server that was started at `started_ms` died at `now_ms`.
     pub fn on_death(&mut self, started_ms: u64, now_ms: u64) -> Decision {
+        if self.restart == Restart::Always {
+            return Decision::Restart { after_ms: 0 };
+        }
         if now_ms.saturating_sub(started_ms) >= CALM_MS {
             self.since_calm = 0;
         }
@@ -97,6 +111,14 @@ mod tests {
                 within_ms: 60_000
             }
         );
+    }
+
+    #[test]
+    fn who_is_told_to_restart_always_does_so_at_once() {
+        let mut history = History::new(Restart::Always);
+        for now in 0..1000 {
+            assert_eq!(history.on_death(now, now), restart(0));
+        }
     }
 
     #[test]

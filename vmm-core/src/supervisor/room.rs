@@ -71,7 +71,7 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             plan: room.clone(),
             server: Server::Pausing,
             generation: 0,
-            history: History::default(),
+            history: History::new(spec.restart),
             passt: None,
             held,
             journal,

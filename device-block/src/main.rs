@@ -8,9 +8,11 @@ use device_block::controller::{Controller, OpenDisks};
 use device_block::server::{IO_NUMBER_BASE, Parts, Server, URING_SLOTS};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 use vmbus::channel::Port;
 use vmbus::ipc::server_start::Start;
 use vmbus::mem::Uring;
+use vmbus::record::Recorder;
 
 fn main() -> ExitCode {
     match serve() {
@@ -43,6 +45,7 @@ struct Room {
     disks: Vec<(OwnedFd, bool)>,
     vcpu: OwnedFd,
     journal: OwnedFd,
+    recorder: Option<Arc<Recorder>>,
 }
 
 fn prepare(start: &mut Start) -> Result<Room> {
@@ -55,6 +58,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
         .iter()
         .map(|disk| Ok((disk.clone(), start.fds.take(&disk.fd)?)));
     let disks = OpenDisks::look_at(disks.collect::<Result<_>>()?)?;
+    let recorder = start.recorder()?;
     std::mem::take(&mut start.fds).finish()?;
 
     let lease = Lease::open(journal.as_fd())?;
@@ -85,6 +89,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
         disks: locks,
         vcpu,
         journal,
+        recorder,
     })
 }
 
@@ -99,9 +104,13 @@ impl Room {
             disks,
             vcpu,
             journal,
+            recorder,
         } = self;
         let control = start.ready(report)?;
-        let port = Port::new(vcpu, journal, generation)?;
+        let mut port = Port::new(vcpu, journal, generation)?;
+        if let Some(recorder) = recorder {
+            port.set_recorder(recorder);
+        }
         let parts = Parts {
             io,
             control,

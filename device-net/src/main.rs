@@ -9,9 +9,11 @@ use device_net::config::{BackendKind, NicConfig};
 use device_net::server::{Server, ServerError};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 use vmbus::channel::Port;
 use vmbus::ipc::PeerFault;
 use vmbus::ipc::server_start::Start;
+use vmbus::record::Recorder;
 
 fn main() -> ExitCode {
     match serve() {
@@ -42,6 +44,7 @@ struct Room {
     backend: Box<dyn Backend>,
     vcpu: OwnedFd,
     journal: OwnedFd,
+    recorder: Option<Arc<Recorder>>,
 }
 
 fn prepare(start: &mut Start) -> Result<Room> {
@@ -50,8 +53,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
     let vcpu = start.fds.take("vcpu")?;
     let journal = start.fds.take("journal")?;
     let fd = start.fds.take(&config.fd)?;
-    // A flight recorder may be handed over; this server has nothing to put into it yet.
-    drop(start.fds.take_optional("recorder"));
+    let recorder = start.recorder()?;
     std::mem::take(&mut start.fds).finish()?;
     let backend: Box<dyn Backend> = match config.backend {
         BackendKind::Tap => Box::new(Tap::new(fd)?),
@@ -68,6 +70,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
         backend,
         vcpu,
         journal,
+        recorder,
     })
 }
 
@@ -75,7 +78,10 @@ impl Room {
     fn run(self, start: Start) -> Result<()> {
         let generation = start.generation;
         let control = start.ready(self.report)?;
-        let port = Port::new(self.vcpu, self.journal, generation)?;
+        let mut port = Port::new(self.vcpu, self.journal, generation)?;
+        if let Some(recorder) = self.recorder {
+            port.set_recorder(recorder);
+        }
         match Server::new(control, port, &self.config, self.backend)?.run() {
             // The VM is over.
             Err(ServerError::Vcpu(PeerFault::Eof) | ServerError::Supervisor(PeerFault::Eof)) => Ok(()),

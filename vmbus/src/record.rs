@@ -16,9 +16,12 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::mem::{Access, HostError, SharedMap, sealed_memfd};
@@ -96,7 +99,7 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Makes the memory of a recorder. The supervisor does, once for each device.
+    /// Makes the memory of a recorder. The supervisor does, once for each process.
     pub fn new_memory() -> Result<OwnedFd, HostError> {
         sealed_memfd("recorder", RECORDER_BYTES)
     }
@@ -162,17 +165,20 @@ impl fmt::Display for Event {
 }
 
 /// Reads the last `count` events, the oldest first. Events that are being written are left out.
+///
+/// By pread: nothing is mapped, so that the supervisor shares no memory with a server.
 pub fn read_last(fd: BorrowedFd<'_>, count: usize) -> Result<Vec<Event>, HostError> {
-    let map = map(fd, Access::ReadOnly)?;
-    let load = |offset: u64| map.load_u64(offset, Ordering::Acquire).expect(IN_RANGE);
-    let mut events: Vec<Event> = (0..EVENT_COUNT)
-        .filter_map(|index| {
-            let at = EVENTS + index * EVENT_BYTES;
-            let mark = load(at);
+    let (before, after) = (contents(fd)?, contents(fd)?);
+    let events = before.chunks_exact(WORDS).zip(after.chunks_exact(WORDS));
+    let mut events: Vec<Event> = (0..)
+        .zip(events)
+        .filter_map(|(index, (before, after))| {
+            // The event may have been overwritten meanwhile.
+            let &[mark, time_ns, kind, value] = before else {
+                return None;
+            };
             let number = mark.checked_sub(1)?;
-            let (time_ns, kind, value) = (load(at + 8), load(at + 16), load(at + 24));
-            // The event may have been overwritten meanwhile. The number must also belong here.
-            if load(at) != mark || number % EVENT_COUNT != index {
+            if before != after || number % EVENT_COUNT != index {
                 return None;
             }
             // The halves of the word.
@@ -188,6 +194,22 @@ pub fn read_last(fd: BorrowedFd<'_>, count: usize) -> Result<Vec<Event>, HostErr
         .collect();
     events.sort_unstable_by_key(|event| event.number);
     Ok(events.split_off(events.len().saturating_sub(count)))
+}
+
+/// 64-bit words of an event.
+const WORDS: usize = (EVENT_BYTES / 8) as usize;
+
+/// All events as words.
+fn contents(fd: BorrowedFd<'_>) -> Result<Vec<u64>, HostError> {
+    let failed = |error: std::io::Error| {
+        let errno = Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EINVAL as i32));
+        HostError::new("read a flight recorder", errno)
+    };
+    let file = File::from(fd.try_clone_to_owned().map_err(failed)?);
+    let mut bytes = vec![0; (EVENT_COUNT * EVENT_BYTES) as usize];
+    file.read_exact_at(&mut bytes, EVENTS).map_err(failed)?;
+    let words = bytes.as_chunks::<8>().0.iter();
+    Ok(words.map(|word| u64::from_le_bytes(*word)).collect())
 }
 
 fn map(fd: BorrowedFd<'_>, access: Access) -> Result<SharedMap, HostError> {

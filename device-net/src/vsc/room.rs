@@ -53,8 +53,6 @@ pub struct Room {
 
 impl Room {
     /// Starts `program` with that descriptor as its backend and waits until it is ready and attached.
-    ///
-    /// Call it from a thread that lives as long as the room: the process dies with it.
     pub fn new(
         program: PathBuf,
         config: &NicConfig,

@@ -38,8 +38,8 @@ pub enum SupervisorToServer {
         require_full_sandbox: bool,
         /// What to log, for example `info` or `info,storvsp=debug`.
         log: String,
-        /// What each descriptor is: `vcpu` (socket to `bulkhead-vcpu`), `journal` (sealed memfd), and the
-        /// device's own (`disk`, `tap`, …). No name twice.
+        /// What each descriptor is: `vcpu` (socket to `bulkhead-vcpu`), `journal` (sealed memfd), `recorder`
+        /// (sealed memfd of [`crate::record`], optional), and the device's own (`disk`, `tap`, …). No name twice.
         fds: Vec<String>,
     },
     /// Stop at a packet boundary and exit with status 0. What was taken and not completed is the successor's.

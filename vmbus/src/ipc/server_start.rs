@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -25,6 +26,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::hello::check_protocol;
 use super::messages::{ServerToSupervisor, SupervisorToServer};
 use super::{PeerFault, SendError, Socket};
+use crate::mem::HostError;
+use crate::record::{EventKind, Recorder};
 
 /// Why a server cannot start. One sentence each, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -174,6 +177,16 @@ impl Start {
             .try_init()
             .ok();
         Ok(())
+    }
+
+    /// Maps the flight recorder, if one was handed over, and records the start in it.
+    pub fn recorder(&mut self) -> Result<Option<Arc<Recorder>>, HostError> {
+        let Some(fd) = self.fds.take_optional("recorder") else {
+            return Ok(None);
+        };
+        let recorder = Recorder::new(fd.as_fd())?;
+        recorder.record(EventKind::Start, 0, u64::from(self.generation));
+        Ok(Some(Arc::new(recorder)))
     }
 
     /// Reports that the sandbox is complete; `report` is its JSON. From here on the server serves.

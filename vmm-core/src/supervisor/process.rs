@@ -34,6 +34,8 @@ pub struct Process {
     pub control: Option<Socket>,
     pub log: LogPipe,
     pub started: Instant,
+    /// Its flight recorder, if it has one.
+    pub recorder: Option<OwnedFd>,
 }
 
 impl Process {
@@ -56,6 +58,7 @@ impl Process {
             control: Some(Socket::new(ours)),
             log: LogPipe::new(log),
             started: Instant::now(),
+            recorder: None,
         })
     }
 
@@ -66,6 +69,7 @@ impl Process {
             control: None,
             log: LogPipe::new(log),
             started: Instant::now(),
+            recorder: None,
         }
     }
 

@@ -11,6 +11,7 @@ use vmbus::ipc::hello::PROTOCOL;
 use vmbus::ipc::{PeerFault, ServerToSupervisor, SupervisorToServer, SupervisorToVcpu, pair};
 use vmbus::journal;
 use vmbus::mem::sealed_memfd;
+use vmbus::record::Recorder;
 
 use super::backend::{Held, same_file};
 use super::plan::{Backend, Plan, Room};
@@ -118,6 +119,8 @@ impl RoomState {
         let program = programs.join(self.plan.program.file_name());
         let mut process = Process::start(&program, self.plan.device.saturating_add(1))?;
         let generation = self.generation.saturating_add(1);
+        let recorder =
+            Recorder::new_memory().map_err(|error| anyhow!("cannot make a flight recorder: {error}"))?;
         let start = SupervisorToServer::Start {
             protocol: PROTOCOL,
             generation,
@@ -129,13 +132,20 @@ impl RoomState {
                 "vcpu".to_owned(),
                 "journal".to_owned(),
                 self.plan.backend.fd_name().to_owned(),
+                "recorder".to_owned(),
             ],
         };
-        let fds = [to_server.as_fd(), self.journal.as_fd(), backend.as_fd()];
+        let fds = [
+            to_server.as_fd(),
+            self.journal.as_fd(),
+            backend.as_fd(),
+            recorder.as_fd(),
+        ];
         if let Some(control) = &mut process.control {
             let sent = control.send(&start, &fds);
             sent.map_err(|error| anyhow!("cannot talk to {}: {error}", self.plan.name))?;
         }
+        process.recorder = Some(recorder);
         self.generation = generation;
         self.server = Server::Running {
             process,

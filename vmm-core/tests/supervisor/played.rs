@@ -178,7 +178,7 @@ pub fn server() -> ExitCode {
     else {
         return ExitCode::FAILURE;
     };
-    assert_eq!(names, ["vcpu", "journal", "disk"]);
+    assert_eq!(names, ["vcpu", "journal", "disk", "recorder"]);
     let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
     let play = config["disks"][0]["serial"]
         .as_str()

@@ -23,8 +23,6 @@ pub(crate) struct Birth {
     pub wanted: Namespaces,
     /// User and group that the process must still become: the parent is root and there is no user namespace.
     pub become_user: Option<(u32, u32)>,
-    /// True if [`crate::spawn`] made it, so that it dies with its parent.
-    pub supervised: bool,
 }
 
 /// The variable is there, but not as [`Birth`] writes it.
@@ -37,7 +35,6 @@ impl Birth {
         made: Namespaces::none(),
         wanted: Namespaces::all(),
         become_user: None,
-        supervised: false,
     };
 
     /// Reads the environment of this process.
@@ -104,7 +101,6 @@ impl FromStr for Birth {
             made: set(made)?,
             wanted: set(wanted)?,
             become_user,
-            supervised: true,
         })
     }
 }
@@ -121,7 +117,6 @@ mod tests {
                 made,
                 wanted: Namespaces::all(),
                 become_user,
-                supervised: true,
             };
             let (_, text) = birth.to_variable();
             assert_eq!(Birth::from_variable(Some(&text)), Ok(birth));
@@ -131,7 +126,7 @@ mod tests {
     #[test]
     fn a_process_started_by_hand_wants_every_namespace_and_has_none() {
         let birth = Birth::from_variable(None).unwrap();
-        assert!(birth.made.is_empty() && birth.wanted == Namespaces::all() && !birth.supervised);
+        assert!(birth.made.is_empty() && birth.wanted == Namespaces::all());
     }
 
     #[test]

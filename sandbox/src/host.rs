@@ -215,8 +215,9 @@ fn landlock() -> Probe {
 fn seccomp() -> Probe {
     const NAME: &str = "seccomp";
     // linux/seccomp.h SECCOMP_RET_*
-    const NEEDED: [(&str, u32); 3] = [
+    const NEEDED: [(&str, u32); 4] = [
         ("kill_process", 0x8000_0000),
+        ("trap", 0x0003_0000),
         ("errno", 0x0005_0000),
         ("allow", 0x7fff_0000),
     ];

@@ -9,7 +9,7 @@ use std::fs;
 
 use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
 use rustix::io::Errno;
-use rustix::process::{DumpableBehavior, Signal, set_dumpable_behavior, set_parent_process_death_signal};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits, set_no_new_privs,
@@ -67,11 +67,8 @@ fn translate_by(map: &str, inside: u32) -> Option<u32> {
     })
 }
 
-/// Gives up every privilege, for good.
-///
-/// * `become_user`: user and group to become; only where the process is real root.
-/// * `supervised`: ask again to be killed with the parent, because a change of user takes that back.
-pub(crate) fn give_up(become_user: Option<(u32, u32)>, supervised: bool) -> Result<(), Refused> {
+/// Gives up every privilege, for good. `become_user`: user and group to become; only where the process is real root.
+pub(crate) fn give_up(become_user: Option<(u32, u32)>) -> Result<(), Refused> {
     let before = capabilities(None).map_err(refused("read the capabilities"))?;
     if before.effective.contains(CapabilitySet::SETPCAP) {
         empty_bounding_set()?;
@@ -98,10 +95,6 @@ pub(crate) fn give_up(become_user: Option<(u32, u32)>, supervised: bool) -> Resu
     }
     set_no_new_privs(true).map_err(refused("set no_new_privs"))?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(refused("become undumpable"))?;
-    if supervised {
-        set_parent_process_death_signal(Some(Signal::KILL))
-            .map_err(refused("follow the parent into death"))?;
-    }
     Ok(())
 }
 

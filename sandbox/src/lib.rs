@@ -36,5 +36,6 @@ pub use report::{Landlock, Report, Root, Seccomp};
 pub use stage::{Options, SandboxError, enter};
 pub use sys::fds::inherited_control_fd;
 pub use sys::pidfd::{Child, ExitCause};
+pub use sys::process::REFUSED;
 pub use sys::spawn::{Identity, Spawn, SpawnError, spawn};
 pub use sys::tap;

@@ -137,7 +137,7 @@ const RUNTIME: &[Rule] = &[
     allow("getrandom", c::SYS_getrandom, ANY, "runtime: HashMap"),
     allow("rt_sigreturn", c::SYS_rt_sigreturn, ANY, "runtime: return from any signal handler"),
     allow("rt_sigprocmask", c::SYS_rt_sigprocmask, ANY, "runtime: abort, thread start"),
-    allow("rt_sigaction", c::SYS_rt_sigaction, ANY, "runtime: abort"),
+    allow("rt_sigaction", c::SYS_rt_sigaction, FATAL_SIGNALS, "runtime: abort, stack overflow"),
     allow("sigaltstack", c::SYS_sigaltstack, ANY, "runtime: the stack overflow guard of a thread"),
     allow("gettid", c::SYS_gettid, ANY, "runtime: abort, panic"),
     allow("getpid", c::SYS_getpid, ANY, "runtime: abort"),
@@ -151,6 +151,24 @@ const RUNTIME: &[Rule] = &[
     allow("statx", c::SYS_statx, &[NO_PATH_2], "runtime: File::metadata"),
     allow("ioctl", c::SYS_ioctl, IOCTL_ANY_PROGRAM, "runtime: set_nonblocking, set_cloexec, is_terminal"),
 ];
+
+/// Not SIGSYS, by which the filter ends a process.
+const FATAL_SIGNALS: &[When] = &[When::OneOf {
+    argument: 0,
+    values: &[c::SIGABRT as u32, c::SIGSEGV as u32, c::SIGBUS as u32],
+}];
+
+/// SIGCANCEL and SIGSETXID (glibc, internal-signals.h).
+const GLIBC_SIGNALS: &[When] = &[When::OneOf {
+    argument: 0,
+    values: &[32, 33],
+}];
+
+/// The first real-time signal that glibc leaves to programs.
+const KICK_SIGNAL: &[When] = &[When::OneOf {
+    argument: 0,
+    values: &[34],
+}];
 
 /// linux/fcntl.h. Locks, leases, owners and signals on descriptors are not needed by anyone.
 const FCNTL: &[When] = &[When::OneOf {
@@ -205,6 +223,7 @@ const NOT_EXECUTABLE: When = When::Bits {
 /// share memory and thread group and must not make a namespace.
 #[rustfmt::skip] // a table: one entry a line
 const THREADS: &[Rule] = &[
+    allow("rt_sigaction", c::SYS_rt_sigaction, GLIBC_SIGNALS, "runtime: the first pthread_create"),
     refuse("clone3", c::SYS_clone3, c::ENOSYS, "runtime: pthread_create, which then takes clone"),
     allow("clone", c::SYS_clone, &[THREAD_ONLY], "runtime: pthread_create"),
     allow("set_robust_list", c::SYS_set_robust_list, ANY, "runtime: start of a thread"),
@@ -252,6 +271,7 @@ const EPOLL: &[Rule] = &[
 
 #[rustfmt::skip] // a table: one entry a line
 const VCPU: &[Rule] = &[
+    allow("rt_sigaction", c::SYS_rt_sigaction, KICK_SIGNAL, "vmm-core/src/kvm/kick.rs install_kick_handler"),
     allow("ioctl", c::SYS_ioctl, KVM_REQUESTS, "vmm-core/src/kvm/vcpu.rs run"),
     allow("eventfd2", c::SYS_eventfd2, ANY, "vmm-core/src/kvm/event.rs new"),
     allow("timerfd_create", c::SYS_timerfd_create, ANY, "vmm-core/src/run/timers.rs new"),

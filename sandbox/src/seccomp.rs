@@ -1,8 +1,9 @@
 #![forbid(unsafe_code)]
 //! Stage 6, the last: the system call filter.
 //!
-//! One filter allows what the profile's rules allow and kills the process for all else, foreign architectures
-//! and the x32 numbers included. Rules that answer with an errno need a second filter, because a filter knows
+//! One filter allows what the profile's rules allow. All else, the x32 numbers included, raises SIGSYS, whose handler
+//! names the call and ends the process (`sys/process.rs` name_refusals; no profile lets a program exchange it); a call
+//! of a foreign architecture kills at once. Rules that answer with an errno need a second filter, because a filter knows
 //! two actions only; the kernel runs both and takes the stricter answer (`man 2 seccomp`), so the first one
 //! must allow those calls for the second to refuse them gently.
 //!
@@ -25,23 +26,11 @@ pub(crate) struct Filters {
     syscalls: usize,
 }
 
-/// What to do about a call that no rule names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Otherwise {
-    Kill,
-    /// Raise SIGSYS in the thread, so that a handler can name the call. Only in debug builds, on request.
-    Trap,
-}
-
 /// Compiles the profile for a process with this id (inside its PID namespace).
 ///
 /// # Errors
 /// The profile has a rule that cannot be expressed, or is too long: our own mistake, which the tests catch.
-pub(crate) fn compile(
-    profile: &Profile,
-    own_pid: u32,
-    otherwise: Otherwise,
-) -> Result<Filters, BackendError> {
+pub(crate) fn compile(profile: &Profile, own_pid: u32) -> Result<Filters, BackendError> {
     let mut allowed: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut refused: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut errno = None;
@@ -58,11 +47,8 @@ pub(crate) fn compile(
         }
     }
     let syscalls = allowed.len().saturating_sub(refused.len());
-    let default = match otherwise {
-        Otherwise::Kill => SeccompAction::KillProcess,
-        Otherwise::Trap => SeccompAction::Trap,
-    };
-    let allow = SeccompFilter::new(allowed, default, SeccompAction::Allow, TargetArch::x86_64)?.try_into()?;
+    let action = SeccompAction::Trap;
+    let allow = SeccompFilter::new(allowed, action, SeccompAction::Allow, TargetArch::x86_64)?.try_into()?;
     let refuse = match errno {
         None => None,
         Some(number) => {
@@ -170,7 +156,7 @@ mod tests {
     #[test]
     fn every_profile_compiles_and_fits_into_the_kernels_limit() {
         for profile in [profile::vcpu(), profile::block(), profile::net()] {
-            let filters = compile(&profile, 1, Otherwise::Kill).unwrap();
+            let filters = compile(&profile, 1).unwrap();
             // linux/bpf_common.h BPF_MAXINSNS
             assert!(filters.allow.len() < 4096, "{} is too long", profile.name);
             assert!(filters.syscalls > 10, "{} allows next to nothing", profile.name);

@@ -48,11 +48,10 @@ use crate::birth::Birth;
 use crate::namespaces::Namespaces;
 use crate::profile::Profile;
 use crate::report::{Landlock, Report, Root, Seccomp};
-use crate::seccomp::Otherwise;
 use crate::{confine, identity, limits, namespaces, root, seccomp, sys};
 
-/// linux/seccomp.h SECCOMP_RET_KILL_PROCESS
-const KILL_PROCESS: u32 = 0x8000_0000;
+/// linux/seccomp.h SECCOMP_RET_TRAP
+const TRAP: u32 = 0x0003_0000;
 
 /// How strict [`enter`] is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,7 +107,7 @@ pub fn enter(profile: &Profile, options: &Options) -> Result<Report, SandboxErro
         }
     })?;
     let root = empty_root(own, &mut missing);
-    identity::give_up(birth.become_user, birth.supervised).map_err(|refused| SandboxError::Privilege {
+    identity::give_up(birth.become_user).map_err(|refused| SandboxError::Privilege {
         step: refused.step,
         source: io::Error::from_raw_os_error(refused.errno),
     })?;
@@ -159,21 +158,17 @@ fn filter_system_calls(
     options: &Options,
     missing: &mut Vec<String>,
 ) -> Result<Seccomp, SandboxError> {
-    if !sys::probe::seccomp_can(KILL_PROCESS) {
+    if !sys::probe::seccomp_can(TRAP) {
         missing.push("no system call filter: the kernel was built without seccomp".to_owned());
     }
     if options.require_full && !missing.is_empty() {
         return Err(SandboxError::HostLacks(std::mem::take(missing)));
     }
-    if !sys::probe::seccomp_can(KILL_PROCESS) {
+    if !sys::probe::seccomp_can(TRAP) {
         return Ok(Seccomp::Absent);
     }
-    let otherwise = if sys::process::explain_refusals(profile.name) {
-        Otherwise::Trap
-    } else {
-        Otherwise::Kill
-    };
-    let filters = seccomp::compile(profile, getpid().as_raw().unsigned_abs(), otherwise)
+    sys::process::name_refusals(profile.name);
+    let filters = seccomp::compile(profile, getpid().as_raw().unsigned_abs())
         .map_err(|error| SandboxError::Seccomp(error.to_string()))?;
     let summary = filters.summary();
     filters

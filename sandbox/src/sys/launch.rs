@@ -5,7 +5,7 @@
 //!   clone3 (all signals blocked)   -->  close the parent's ends of both pipes
 //!   write uid_map, gid_map              wait for one byte on `go`
 //!   write `go`                     -->  user and groups of the new user namespace; session; signals;
-//!                                       descriptors; die with the parent; cwd and umask; execveat
+//!                                       descriptors; cwd and umask; execveat
 //!   read `failure`                 <--  end of file (execve closed it), or step and errno
 //! ```
 
@@ -27,17 +27,15 @@ pub(crate) enum Step {
     NewSession,
     ResetSignals,
     MoveDescriptors,
-    FollowParent,
     Execute,
 }
 
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 6] = [
     Step::WaitForParent,
     Step::TakeUser,
     Step::NewSession,
     Step::ResetSignals,
     Step::MoveDescriptors,
-    Step::FollowParent,
     Step::Execute,
 ];
 
@@ -49,7 +47,6 @@ impl Step {
             Step::NewSession => "open a session",
             Step::ResetSignals => "reset its signals",
             Step::MoveDescriptors => "put its descriptors in place",
-            Step::FollowParent => "ask to die with its parent",
             Step::Execute => "execute the program",
         }
     }
@@ -253,8 +250,7 @@ unsafe fn become_program(orders: &mut Orders) -> Failure {
             .and_then(|()| take_user(orders))
             .and_then(|()| call(Step::NewSession, libc::syscall(libc::SYS_setsid)).map(drop))
             .and_then(|()| reset_signals())
-            .and_then(|()| move_descriptors(orders))
-            .and_then(|()| follow_parent(orders));
+            .and_then(|()| move_descriptors(orders));
         if let Err(failure) = result {
             return failure;
         }
@@ -396,36 +392,6 @@ unsafe fn lift(number: RawFd, floor: RawFd) -> Result<RawFd, Failure> {
     // SAFETY: numbers only.
     let lifted = unsafe { libc::syscall(libc::SYS_fcntl, number, libc::F_DUPFD_CLOEXEC, floor) };
     call(Step::MoveDescriptors, lifted).map(|number| number as RawFd)
-}
-
-/// After the change of user, which would take it back, and looking at the parent only then, so that a parent that
-/// died a moment ago is noticed.
-///
-/// # Safety
-/// As [`run_child`].
-unsafe fn follow_parent(orders: &Orders) -> Result<(), Failure> {
-    const STEP: Step = Step::FollowParent;
-    let mut poll = libc::pollfd {
-        fd: orders.failure,
-        events: 0,
-        revents: 0,
-    };
-    // SAFETY: prctl takes numbers; poll gets one entry, which lives on this stack.
-    unsafe {
-        call(
-            STEP,
-            libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0),
-        )?;
-        call(STEP, libc::syscall(libc::SYS_poll, &raw mut poll, 1usize, 0))?;
-    }
-    // A pipe nobody reads from any more.
-    if poll.revents & libc::POLLERR != 0 {
-        return Err(Failure {
-            step: STEP,
-            errno: libc::ESRCH,
-        });
-    }
-    Ok(())
 }
 
 fn call(step: Step, result: c_long) -> Result<c_long, Failure> {

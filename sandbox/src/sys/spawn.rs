@@ -108,8 +108,8 @@ struct Rung {
 
 /// Starts the program. It has been executed when this returns.
 ///
-/// Call it from a thread that lives as long as the child may: the kernel kills the child when the *thread* that
-/// made it ends. Waits for nothing but the child's way to `execve`.
+/// The child does not die with this process: it sees its sockets at their end, and knows what that means. Waits for
+/// nothing but the child's way to `execve`.
 ///
 /// # Errors
 /// [`SpawnError`]; no process is left behind.
@@ -146,7 +146,6 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
             made: rung.namespaces,
             wanted: wanted(spec.namespaces, caller_is_root),
             become_user: rung.become_user,
-            supervised: true,
         };
         plan.environment = environment(&spec, birth)?;
         plan.take_namespace_user = rung.mapped.is_some();
@@ -284,12 +283,10 @@ fn arguments(spec: &Spawn) -> Result<Vec<CString>, SpawnError> {
 }
 
 fn environment(spec: &Spawn, birth: Birth) -> Result<Vec<CString>, SpawnError> {
-    let explain = super::process::explanation_to_pass_on();
     spec.env
         .iter()
         .cloned()
         .chain([birth.to_variable()])
-        .chain(explain)
         .map(|(name, value)| {
             let mut text = name;
             text.push("=");

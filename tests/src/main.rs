@@ -1,6 +1,7 @@
 //! `cargo xtask`: the developer's commands. This file only reads the command line.
 #![forbid(unsafe_code)]
 
+use bulkhead_tests::xtask::guard::guarded;
 use bulkhead_tests::{bench, demo, xtask};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -35,11 +36,11 @@ enum Task {
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Task::Rig(command) => xtask::rig::main(command),
-        Task::Test(arguments) => xtask::test::main(&arguments),
+        Task::Rig(command) => guarded(|| xtask::rig::main(command)),
+        Task::Test(arguments) => guarded(|| xtask::test::main(&arguments)),
         Task::Tcb(arguments) => xtask::tcb::main(&arguments),
-        Task::Demo(arguments) => demo::main(arguments),
-        Task::Bench(arguments) => bench::main(arguments),
+        Task::Demo(arguments) => guarded(|| demo::main(arguments)),
+        Task::Bench(arguments) => guarded(|| bench::main(arguments)),
         Task::BenchPeer => bench::ring::peer(),
         Task::BenchRig => bench::rig::inside(),
     };

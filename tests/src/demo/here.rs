@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,8 +31,8 @@ chmod +x /tmp/dhcp; udhcpc -q -n -i $link -s /tmp/dhcp >/dev/null 2>&1 || fail "
 /// No guest is silent for longer than this.
 const SILENCE: Duration = Duration::from_secs(100);
 
-/// Runs the demo with the programs and guest images of these folders.
-pub fn run(programs: &Path, images: &Path, keep: bool) -> Result<ExitCode> {
+/// Runs the demo with the programs and guest images of these folders; says what was done.
+pub fn run(programs: &Path, images: &Path, keep: bool) -> Result<String> {
     let started = Instant::now();
     let folder = TempDir::with_prefix("bulkhead-demo-").context("cannot make a temporary folder")?;
     let token = uuid::Uuid::new_v4().to_string();
@@ -68,11 +68,10 @@ pub fn run(programs: &Path, images: &Path, keep: bool) -> Result<ExitCode> {
     for line in &report.processes {
         println!("  {line}");
     }
-    println!(
-        "demo: ok (guest formatted, wrote and verified its disk, fetched the host's page, powered off; {:.1} s)",
+    Ok(format!(
+        "the guest formatted, wrote and verified its disk, fetched the host's page, powered off; {:.1} s",
         started.elapsed().as_secs_f64()
-    );
-    Ok(ExitCode::SUCCESS)
+    ))
 }
 
 /// How guest and host meet.
@@ -107,7 +106,7 @@ impl Network {
             (DHCP.to_string(), format!("http://$(cat /tmp/gateway):{port}/"))
         };
         let end = if keep {
-            "echo 'demo: here is a shell in the guest; its end ends the guest'; setsid cttyhack sh; exit 0"
+            "echo 'demo: here is a shell in the guest; its end, or Ctrl-A x, ends the guest'; setsid cttyhack sh; exit 0"
         } else {
             // The host looks at the processes before it answers.
             "read -r go; exit 0"
@@ -263,12 +262,8 @@ fn processes_of(supervisor: u32) -> Result<Vec<String>> {
     processes
         .into_iter()
         .map(|pid| {
-            let name = fs::read_link(format!("/proc/{pid}/exe"))
-                .ok()
-                .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
-                .unwrap_or_default();
             Ok(format!(
-                "{name:<14} pid {pid}: {}",
+                "pid {pid} is {}",
                 sandbox::audit(nix::unistd::Pid::from_raw(pid as i32))?
             ))
         })

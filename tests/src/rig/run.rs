@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::archive::{Tree, read_cpio};
-use super::packages::{Sysroot, wrapped};
+use super::packages::{Sysroot, remove_tree, wrapped};
 use super::spec::{EXIT_RIG_AT_FAULT, RigError, RigFailed, RigOutcome, RigSpec};
 use super::{Rig, lock::FileLock, progress};
 use anyhow::{Context, Result, ensure};
@@ -25,6 +25,9 @@ const KERNEL_COMMAND_LINE: &str =
 
 /// What booting and collecting may take beyond the payload's own time, on a machine that is busy with other things.
 const OVERHEAD: Duration = Duration::from_secs(150);
+
+/// Limit: on a machine still busier than that, a run is better made later.
+const MAX_BUSINESS: f64 = 6.0;
 
 /// The disk for what a payload leaves in `/out`. Sparse. Limit: a newc archive's file ends at 4 GiB.
 const OUTPUT_DISK_BYTES: u64 = 2 << 30;
@@ -49,6 +52,7 @@ impl Rig {
     pub fn run(&self, spec: &RigSpec) -> Result<RigOutcome, RigError> {
         let _unchanged = self.build_if_needed()?;
         let _place = self.wait_for_place()?;
+        self.sweep()?;
         let allowed = if spec.interactive { 1 } else { spec.attempts.max(1) };
         let mut attempt = 1;
         loop {
@@ -66,6 +70,23 @@ impl Rig {
         }
     }
 
+    /// Removes what runs left that were killed, unless one is going on. Says nothing if it cannot: the next run does it.
+    pub fn remove_left_runs() {
+        let rig = Rig {
+            dir: Rig::default_dir(),
+        };
+        if let Ok(Some(_place)) = FileLock::try_exclusive(&rig.dir.join("run.0.lock")) {
+            rig.sweep().ok();
+        }
+    }
+
+    /// The caller holds the place, so that whatever is in the folder belongs to nobody.
+    fn sweep(&self) -> Result<()> {
+        let runs = self.dir.join("runs");
+        remove_tree(&runs)?;
+        fs::create_dir_all(&runs).with_context(|| format!("cannot create {}", runs.display()))
+    }
+
     fn wait_for_place(&self) -> Result<FileLock> {
         let path = |index: usize| self.dir.join(format!("run.{index}.lock"));
         for index in 0..RUNS_AT_ONCE {
@@ -80,15 +101,15 @@ impl Rig {
     fn run_once(&self, spec: &RigSpec, attempt: u32) -> Result<Result<RigOutcome, RigFailed>> {
         ensure!(!spec.command.is_empty(), "no command was given");
         let runs = self.dir.join("runs");
-        fs::create_dir_all(&runs)?;
         let folder = tempfile::tempdir_in(&runs)?;
         let input = folder.path().join("in.cpio");
-        archive_going_in(spec)?.write_cpio(BufWriter::new(File::create(&input)?))?;
+        let timeout = spec.timeout.mul_f64(business());
+        archive_going_in(spec, timeout)?.write_cpio(BufWriter::new(File::create(&input)?))?;
         let output_disk = folder.path().join("out.raw");
         File::create(&output_disk)?.set_len(OUTPUT_DISK_BYTES)?;
 
         let begun = Instant::now();
-        let deadline = (!spec.interactive).then(|| begun + spec.timeout + OVERHEAD);
+        let deadline = (!spec.interactive).then(|| begun + timeout + OVERHEAD);
         let mut child = Guarded(
             self.qemu(spec, folder.path())?
                 .spawn()
@@ -136,7 +157,7 @@ impl Rig {
                 }));
             }
             (None, Some("deadline")) => {
-                format!("the payload did not end within {} s", spec.timeout.as_secs())
+                format!("the payload did not end within {} s", timeout.as_secs())
             }
             (None, _) if timed_out => {
                 format!("the machine hung: no end after {} s", begun.elapsed().as_secs())
@@ -219,7 +240,7 @@ impl Rig {
 }
 
 /// The payload's files, the command, and how to treat it.
-fn archive_going_in(spec: &RigSpec) -> Result<Tree> {
+fn archive_going_in(spec: &RigSpec, timeout: Duration) -> Result<Tree> {
     let mut tree = Tree::new();
     if let Some(folder) = &spec.binaries {
         let mut found = 0;
@@ -250,12 +271,23 @@ fn archive_going_in(spec: &RigSpec) -> Result<Tree> {
     );
     let settings = format!(
         "RIG_TIMEOUT_S={}\nRIG_SHMEM_THP={}\nRIG_INTERACTIVE={}\n",
-        spec.timeout.as_secs(),
+        timeout.as_secs(),
         u8::from(spec.shmem_thp),
         u8::from(spec.interactive)
     );
     tree.file(".rig/settings", 0o644, settings.as_str());
     Ok(tree)
+}
+
+/// How many times longer than on an idle machine things may take now: by the processes that wait for each processor. An
+/// emulated machine that is starved of processors is slow, not at fault.
+fn business() -> f64 {
+    let load = fs::read_to_string("/proc/loadavg")
+        .ok()
+        .and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok())
+        .unwrap_or(0.0);
+    let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+    (load / processors as f64).clamp(1.0, MAX_BUSINESS)
 }
 
 /// A word as the shell reads it back unchanged.
@@ -345,10 +377,10 @@ mod tests {
 
     #[test]
     fn a_file_must_be_given_an_absolute_path_in_the_rig() {
-        assert!(archive_going_in(&RigSpec::new(["true"]).file("relative", "x")).is_err());
-        assert!(archive_going_in(&RigSpec::new(["true"]).file("/opt/", "x")).is_err());
+        assert!(archive_going_in(&RigSpec::new(["true"]).file("relative", "x"), Duration::ZERO).is_err());
+        assert!(archive_going_in(&RigSpec::new(["true"]).file("/opt/", "x"), Duration::ZERO).is_err());
         assert!(
-            archive_going_in(&RigSpec::new(["true"]).file("/opt/x", "x"))
+            archive_going_in(&RigSpec::new(["true"]).file("/opt/x", "x"), Duration::ZERO)
                 .unwrap()
                 .contains("opt/x")
         );

@@ -121,7 +121,6 @@ pub fn build_our_programs() -> Result<PathBuf> {
     let status = Command::new(cargo)
         .args([
             "build",
-            "--quiet",
             "--release",
             "--bins",
             "-p",

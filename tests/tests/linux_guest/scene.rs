@@ -1,0 +1,144 @@
+//! Guests that are run one after the other in one boot of the rig, and what is expected of each.
+
+use bulkhead_tests::rig::{Rig, RigSpec};
+use bulkhead_tests::tier;
+use std::time::Duration;
+
+/// What every guest script begins with.
+const GUEST: &str = r#"
+fail() { echo "FAILED $*"; dmesg | tail -30; sync; exit 1; }
+# Waits for a path to be there (or, with "gone", not to be there).
+await() {
+    for try in $(seq 300); do
+        if [ "$2" = gone ]; then [ -e "$1" ] || return 0; else [ -e "$1" ] && return 0; fi
+        usleep 100000
+    done
+    fail "$1 ${2:-did not appear}"
+}
+network_up() {
+    await /sys/class/net/eth0
+    ip link set eth0 up && ip addr add 192.168.215.2/24 dev eth0 || fail "eth0"
+    for try in $(seq 50); do timeout 5 wget -q -O /dev/null http://192.168.215.1:8080/hello && return 0; usleep 200000; done
+    fail "the host does not answer"
+}
+# Nothing of ours may have gone wrong unseen. One warning is the emulated processor's (its XSAVE leaves do not add up):
+# QEMU's own guest in the rig prints it, too, so that this one block is left out.
+quiet_log() {
+    dmesg | awk '/cut here/ { block = ""; inside = 1 }
+        inside { block = block "\n" $0 }
+        /end trace/ && inside { if (block !~ /fpu__init_system_xstate/) print block; inside = 0; next }
+        !inside' >/tmp/log
+    grep -iE 'i/o error|incorrect transaction|invalid transaction|call trace|warning:|hv_.*(fail|error|timed out)|hung|blocked for' /tmp/log && fail "the kernel's log complains"
+    return 0
+}
+"#;
+
+/// What the rig has around the guests: a TAP device, a web server, and a way to run one of them.
+const AROUND: &str = r#"
+mkdir -p /root/www && echo hello >/root/www/hello
+ln -s /opt/guest/vmlinuz /root/www/
+/usr/bin/ip tuntap add dev t0 mode tap vnet_hdr
+/usr/bin/ip addr add 192.168.215.1/24 dev t0
+/usr/bin/ip link set t0 up
+busybox httpd -h /root/www -p 8080
+# scene NAME BULKHEAD-FLAG...
+scene() {
+    name=$1; shift
+    guest-initrd /root/$name.sh /root/initrd.cpio
+    cp /root/initrd.cpio /root/www/again.cpio
+    status=0
+    bulkhead run --name $name --kernel /opt/guest/vmlinuz --initrd /root/initrd.cpio "$@" </dev/null || status=$?
+    echo "bulkhead: exit $status"
+}
+"#;
+
+/// The guests of one boot of the rig.
+pub struct Scenes {
+    rig: Rig,
+    spec: RigSpec,
+    script: String,
+    scenes: Vec<Scene>,
+}
+
+/// One guest.
+struct Scene {
+    name: &'static str,
+    /// Lines that must be among what guest and bulkhead say.
+    says: Vec<&'static str>,
+}
+
+impl Scenes {
+    /// No guests yet; None (after saying so) where Linux guests cannot be tested.
+    pub fn new() -> Option<Scenes> {
+        let rig = tier::rig()?;
+        let mut spec = RigSpec::new(["sh", "-euc", ""]);
+        spec.binaries = Some(tier::programs()?);
+        // The rig's own start, see `guest` for the rest.
+        spec.timeout = Duration::from_secs(30);
+        Some(Scenes {
+            rig,
+            spec,
+            script: AROUND.to_string(),
+            scenes: Vec::new(),
+        })
+    }
+
+    /// Adds a guest that runs `script` within `seconds`. `around` is the rig's script that starts it by `scene NAME FLAGS`.
+    /// What is in `says` must be said, and nothing may say FAILED.
+    pub fn guest(
+        mut self,
+        name: &'static str,
+        seconds: u64,
+        script: &str,
+        around: &str,
+        says: &[&'static str],
+    ) -> Scenes {
+        self.spec = self
+            .spec
+            .file(&format!("/root/{name}.sh"), format!("{GUEST}\n{script}").as_str());
+        self.spec.timeout += Duration::from_secs(seconds);
+        // A subshell, so that a scene that goes wrong does not hide those after it.
+        self.script += &format!("echo '=== {name}'\n( {around}\n) || echo \"FAILED status $?\"\n");
+        self.scenes.push(Scene {
+            name,
+            says: says.to_vec(),
+        });
+        self
+    }
+
+    /// Runs all guests.
+    ///
+    /// # Panics
+    /// If one of them did not do what was expected of it; all that do are told.
+    pub fn run(mut self) {
+        self.spec.command[2] = self.script;
+        let outcome = tier::run(&self.rig, &self.spec);
+        let mut wrong = String::new();
+        if outcome.status != 0 {
+            wrong += &format!("status {}\n{}\n", outcome.status, outcome.output);
+        }
+        for scene in &self.scenes {
+            let said = section(&outcome.output, scene.name);
+            let lacking: Vec<&str> = scene
+                .says
+                .iter()
+                .copied()
+                .filter(|what| !said.contains(what))
+                .collect();
+            if !lacking.is_empty() || said.contains("FAILED") {
+                wrong += &format!("=== {}: lacking {lacking:?} in\n{said}\n", scene.name);
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong}");
+    }
+}
+
+fn section(output: &str, name: &str) -> String {
+    let begin = format!("=== {name}");
+    output
+        .lines()
+        .skip_while(|line| line.trim_end() != begin)
+        .skip(1)
+        .take_while(|line| !line.starts_with("=== "))
+        .fold(String::new(), |text, line| text + line + "\n")
+}

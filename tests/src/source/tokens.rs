@@ -69,14 +69,14 @@ pub fn line_count(tokens: &[Token]) -> usize {
         .len()
 }
 
-struct Attribute {
-    is_inner: bool,
+pub(super) struct Attribute {
+    pub(super) is_inner: bool,
     is_for_tests: bool,
     /// The index behind the closing bracket.
-    end: usize,
+    pub(super) end: usize,
 }
 
-fn attribute(tokens: &[Token], at: usize) -> Option<Attribute> {
+pub(super) fn attribute(tokens: &[Token], at: usize) -> Option<Attribute> {
     if !tokens.get(at)?.is("#") {
         return None;
     }
@@ -99,7 +99,7 @@ fn attribute(tokens: &[Token], at: usize) -> Option<Attribute> {
 }
 
 /// The index behind the group that opens at `open`.
-fn group_end(tokens: &[Token], open: usize) -> usize {
+pub(super) fn group_end(tokens: &[Token], open: usize) -> usize {
     let mut depth = 0usize;
     for (index, token) in tokens.iter().enumerate().skip(open) {
         match token.text.as_str() {
@@ -117,7 +117,7 @@ fn group_end(tokens: &[Token], open: usize) -> usize {
 }
 
 /// The index behind the item, field, arm or statement that begins at `at`.
-fn item_end(tokens: &[Token], mut at: usize) -> usize {
+pub(super) fn item_end(tokens: &[Token], mut at: usize) -> usize {
     while let Some(more) = attribute(tokens, at) {
         at = more.end;
     }

@@ -1,25 +1,26 @@
 //! `cargo xtask tcb`: how much code of ours one has to trust in each program.
 //!
-//! Counted are the lines with code on them (no comments, no blank lines, no tests) of all modules of our crates that a
-//! program can use; [`crate::source::reach`] says how these are found. Foreign crates do not count.
+//! Counted are the lines with code on them (no comments, no blank lines, no tests) of what is linked into a program: of
+//! all modules of our crates that it can use ([`crate::source::reach`]), the functions for which it has code, and what
+//! these name ([`crate::source::linked`]). Foreign crates do not count.
 
 #![forbid(unsafe_code)]
 
 use crate::rig::workspace_root;
+use crate::source::linked::{Source, code_lines, counted_lines};
 use crate::source::reach::reachable;
-use crate::source::tokens::line_count;
 use crate::source::tree::CrateTree;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
 /// What can be read and reviewed whole: where the process that every guest's fate hangs on has to get to.
 pub const GOAL_VCPU_LINES: usize = 6000;
 
 /// Limit: a ratchet while the goal is not reached. It holds what has been counted, and may only ever be lowered.
-pub const MAX_VCPU_LINES: usize = 10_450;
+pub const MAX_VCPU_LINES: usize = 8_900;
 
 /// Program and root file; `bulkhead-vcpu` first.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -61,16 +62,31 @@ impl ProgramLines {
     }
 }
 
-/// Counts every program of the workspace at `root`.
+/// Builds every program of the workspace at `root` and counts it.
 pub fn count(root: &Path) -> Result<Vec<ProgramLines>> {
+    let programs = build(root)?;
     let mut crates = BTreeMap::new();
     for (name, file) in LIBRARIES {
         crates.insert(name.to_string(), CrateTree::read(&root.join(file))?);
     }
     PROGRAMS
         .iter()
-        .map(|(program, file)| count_program(root, &mut crates, program, file))
+        .map(|(program, file)| count_program(root, &mut crates, program, file, &programs.join(program)))
         .collect()
+}
+
+/// Builds the programs without optimization and says where they are.
+fn build(root: &Path) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--quiet", "--profile", "tcb", "--bins"])
+        .args(["-p", "vmm-core", "-p", "device-block", "-p", "device-net"])
+        .current_dir(root)
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "our programs do not build");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    Ok(target.join("tcb"))
 }
 
 fn count_program(
@@ -78,23 +94,36 @@ fn count_program(
     crates: &mut BTreeMap<String, CrateTree>,
     program: &'static str,
     file: &str,
+    built: &Path,
 ) -> Result<ProgramLines> {
     const ROOT: &str = "program";
     crates.insert(ROOT.to_string(), CrateTree::read(&root.join(file))?);
-    let mut files = BTreeMap::new();
-    for (name, path) in reachable(crates, ROOT) {
-        let module = crates
-            .get(&name)
-            .and_then(|tree| tree.modules.get(&path))
-            .context("a found module exists")?;
-        let shown = module
-            .file
-            .strip_prefix(root)
-            .unwrap_or(&module.file)
-            .display()
-            .to_string();
-        files.insert(shown, line_count(&module.tokens));
-    }
+    let modules = reachable(crates, ROOT)
+        .into_iter()
+        .map(|(name, path)| crates.get(&name).and_then(|tree| tree.modules.get(&path)))
+        .collect::<Option<Vec<_>>>()
+        .context("a found module exists")?;
+    let sources: Vec<Source<'_>> = modules
+        .iter()
+        .map(|module| Source {
+            path: &module.file,
+            tokens: &module.tokens,
+        })
+        .collect();
+    let code = code_lines(built)?;
+    let root_has_code = code.contains_key(&root.join(file));
+    ensure!(
+        root_has_code,
+        "{} says nothing about the lines of {file}",
+        built.display()
+    );
+    let lines = counted_lines(&sources, &code);
+    let shown = |path: &Path| path.strip_prefix(root).unwrap_or(path).display().to_string();
+    let files = sources.iter().zip(lines);
+    let files = files
+        .map(|(source, lines)| (shown(source.path), lines.len()))
+        .filter(|(_, lines)| *lines > 0)
+        .collect();
     Ok(ProgramLines { program, files })
 }
 

@@ -31,6 +31,8 @@ mod nic;
 mod receive;
 mod recover;
 pub mod saved;
+#[cfg(test)]
+mod tests;
 mod transmit;
 
 use crate::backend::Backend;
@@ -113,36 +115,40 @@ impl Server {
     }
 
     fn serve(&mut self) -> Result<(), ServerError> {
-        let mut events = [EpollEvent::empty(); EVENTS_PER_WAIT];
-        loop {
-            // A guest names a GPADL in a packet after bulkhead-vcpu has told us of it: what it says comes first.
+        while self.turn(EpollTimeout::NONE)? {}
+        Ok(())
+    }
+
+    /// One turn of the loop: does what can be done, then waits at most `patience` for something new. False: told to
+    /// stop.
+    fn turn(&mut self, patience: EpollTimeout) -> Result<bool, ServerError> {
+        let mut busy = self.nic.round(&self.port)?;
+        if self.nic.wants_to_hear() {
             self.on_port()?;
-            let mut busy = self.nic.round(&self.port)?;
-            self.carry_out()?;
-            busy = busy || self.nic.prepare_sleep();
-            busy |= self.give_up_broken()?;
-            self.watch_for_room()?;
-            let timeout = if busy {
-                EpollTimeout::ZERO
-            } else {
-                EpollTimeout::NONE
-            };
-            let count = match self.epoll.wait(&mut events, timeout) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => 0,
-                Err(errno) => return Err(HostError::new("wait for events", errno).into()),
-            };
-            for event in &events[..count] {
-                match event.data() {
-                    CONTROL if !self.on_control()? => return Ok(()),
-                    CONTROL => {}
-                    PORT => self.on_port()?,
-                    BACKEND => self.nic.on_backend_ready(),
-                    // Kicks are edges, and every round looks at every ring.
-                    _ => {}
-                }
+            self.nic.heard();
+        }
+        self.carry_out()?;
+        busy = busy || self.nic.prepare_sleep();
+        busy |= self.give_up_broken()?;
+        self.watch_for_room()?;
+        let timeout = if busy { EpollTimeout::ZERO } else { patience };
+        let mut events = [EpollEvent::empty(); EVENTS_PER_WAIT];
+        let count = match self.epoll.wait(&mut events, timeout) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
+            Err(errno) => return Err(HostError::new("wait for events", errno).into()),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                CONTROL if !self.on_control()? => return Ok(false),
+                CONTROL => {}
+                PORT => self.on_port()?,
+                BACKEND => self.nic.on_backend_ready(),
+                // Kicks are edges, and every round looks at every ring.
+                _ => {}
             }
         }
+        Ok(true)
     }
 
     /// What a round decided and needs our own sockets for.

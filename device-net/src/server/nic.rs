@@ -5,7 +5,7 @@ use super::channel::Channel;
 use super::control::Response;
 use super::inspect::{Counters, Faults};
 use super::saved::{Saved, State};
-use super::transmit::{Transmission, Work};
+use super::transmit::{Hearing, Transmission, Work};
 use crate::backend::{Backend, Gone};
 use crate::config::NicConfig;
 use crate::netvsp::buffers::SendBuffer;
@@ -44,6 +44,7 @@ pub struct Nic {
     pub(super) queued: VecDeque<Transmission>,
     /// Responses that wait for a sub-allocation or for room in the ring.
     pub(super) responses: VecDeque<Response>,
+    pub(super) hearing: Hearing,
     /// Sub-channels to be offered once the answer that grants them is published.
     pub(super) offer: Option<u16>,
     pub(super) events: Vec<String>,
@@ -80,6 +81,7 @@ impl Nic {
             batch: VecDeque::new(),
             queued: VecDeque::new(),
             responses: VecDeque::new(),
+            hearing: Hearing::default(),
             offer: None,
             events: Vec::new(),
             packet_buf: PacketBuf::new(),

@@ -4,6 +4,7 @@ use super::ServerError;
 use super::channel::Channel;
 use super::nic::Nic;
 use super::saved::{Saved, State, parse_suballocations, slot};
+use super::transmit::Hearing;
 use crate::netvsp::receive::Credits;
 use crate::netvsp::wire::{HostMessage, NvspStatus};
 use vmbus::channel::{Endpoint, Port, Recovered, RecoveredHeld, RecoveredRequest};
@@ -191,6 +192,7 @@ impl Nic {
             self.receive_buffer = None;
             self.send_buffer = None;
             self.primary_epoch = None;
+            self.hearing = Hearing::Idle;
             self.offer = None;
             // Sub-channels are closed before their primary; should one be left, the buffer is not its any more.
             for channel in self.channels.values_mut() {

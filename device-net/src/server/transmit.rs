@@ -52,11 +52,23 @@ pub struct Transmission {
     pub status: NvspStatus,
 }
 
+/// Whether the socket to `bulkhead-vcpu` must be read before a packet makes sense.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hearing {
+    #[default]
+    Idle,
+    /// A packet was left in the ring for it.
+    Wanted,
+    /// It was read since.
+    Heard,
+}
+
 /// What reading one packet led to.
 enum Read {
     /// It is in the batch, or needed nothing more.
     Next,
-    /// It changes the session and needs no completion: it is in the ring still, and must be the first of a round.
+    /// It is in the ring still, and must be the first of the next round: it changes the session and needs no completion,
+    /// or something must be heard before it.
     Alone,
     /// The journal has no slot.
     Stop,
@@ -134,6 +146,9 @@ impl Nic {
                 Ok(self.on_rndis_packet(index, packet, message, kind, section))
             }
             (PacketKind::IN_BAND, message) if index == 0 => {
+                if self.awaits_gpadl(port, message) {
+                    return Ok(self.leave_in_ring());
+                }
                 if !packet.completion_requested {
                     return self.on_quiet_message(port, message);
                 }
@@ -150,6 +165,45 @@ impl Nic {
                 &"packet of a kind that has no business here",
                 message,
             )),
+        }
+    }
+
+    /// Whether a message names a GPADL that we have not heard of and have not asked for.
+    ///
+    /// `bulkhead-vcpu` tells us of a GPADL before it lets the guest go on, but on a socket: by the time that the packet is
+    /// in the ring the news is in the socket, and we may have read the socket before that. So the packet stays in the
+    /// ring until the socket was read once more ([`Nic::heard`]); if the GPADL is unknown then, there is none.
+    fn awaits_gpadl(&mut self, port: &Port, message: GuestMessage) -> bool {
+        let (GuestMessage::ReceiveBuffer { gpadl, .. } | GuestMessage::SendBuffer { gpadl, .. }) = message
+        else {
+            return false;
+        };
+        if self.hearing == Hearing::Heard || port.gpadl(gpadl).is_some() {
+            self.hearing = Hearing::Idle;
+            return false;
+        }
+        self.hearing = Hearing::Wanted;
+        true
+    }
+
+    fn leave_in_ring(&mut self) -> Read {
+        match self.channels.get_mut(&0) {
+            Some(channel) => {
+                channel.endpoint.put_back();
+                Read::Alone
+            }
+            None => Read::Stop,
+        }
+    }
+
+    pub fn wants_to_hear(&self) -> bool {
+        self.hearing == Hearing::Wanted
+    }
+
+    /// Everything that `bulkhead-vcpu` had said before this call has been carried out.
+    pub fn heard(&mut self) {
+        if self.hearing == Hearing::Wanted {
+            self.hearing = Hearing::Heard;
         }
     }
 

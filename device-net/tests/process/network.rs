@@ -46,6 +46,17 @@ impl Network {
         self.stream.write_all(&bytes).expect("the server reads");
     }
 
+    /// Writes frames from a thread, for as long as it takes until the server has room for them.
+    pub fn put_all(&self, frames: Vec<Vec<u8>>) -> JoinHandle<()> {
+        let mut writer = self.stream.try_clone().expect("duplicate");
+        std::thread::spawn(move || {
+            for frame in frames {
+                let bytes = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
+                writer.write_all(&bytes).expect("the server reads");
+            }
+        })
+    }
+
     pub fn put_raw(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).expect("the server reads");
     }

@@ -18,6 +18,9 @@
 //! lock does not depend on whether the supervisor hands the same descriptions to each generation, covers reads
 //! and writes of all disks of the device, and needs no rights on the disks' files.
 //!
+//! A server that is told to stop waits for the end of its requests and then unlocks by itself, so that its successor
+//! need not wait for the end of its process.
+//!
 //! Not covered: data that the kernel has taken but not written yet (page cache). The successor sees it there, as
 //! everybody does. Nor requests that a *device* keeps after the kernel was told that they are over.
 //!
@@ -83,6 +86,16 @@ impl Lease {
             FlockOperation::NonBlockingLockExclusive,
         )
     }
+
+    /// Gives the right up while the process still lives: it does no I/O any more, and none is in flight.
+    pub fn release(&self) -> Result<(), FenceError> {
+        lock("the journal", self.file(), FlockOperation::Unlock).map(|_| ())
+    }
+}
+
+/// Gives up what [`lock_disk`] took.
+pub fn unlock_disk(disk: BorrowedFd<'_>) -> Result<(), FenceError> {
+    lock("the disk", disk, FlockOperation::Unlock).map(|_| ())
 }
 
 /// Locks a disk against other VMs. `wait`: until its holder lets go; else it is an error if there is one.

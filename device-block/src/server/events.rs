@@ -71,13 +71,14 @@ impl Server {
 
     fn on_port_event(&mut self, event: PortEvent) -> Result<(), ServerError> {
         match event {
-            PortEvent::Attached => {
+            PortEvent::Attached => self.control.warm()?,
+            PortEvent::Serve => {
                 // Before anything of the predecessor's is looked at.
                 self.lease.wait()?;
                 for (disk, read_only) in &self.disks {
                     fence::lock_disk(disk.as_fd(), *read_only, true)?;
                 }
-                tracing::info!("attached");
+                tracing::info!("serves");
             }
             PortEvent::ChannelOpened(endpoint, recovered) => {
                 let sub_index = endpoint.sub_index();

@@ -170,8 +170,12 @@ impl Server {
     /// Serves until the supervisor says stop, or the VM is over.
     pub fn run(mut self) -> Result<(), ServerError> {
         match self.serve() {
+            Ok(()) => {
+                self.leave();
+                self.release()
+            }
             // A socket's end: the supervisor or bulkhead-vcpu is gone, and with it the VM.
-            Ok(()) | Err(ServerError::Supervisor(PeerFault::Eof) | ServerError::Vcpu(PeerFault::Eof)) => {
+            Err(ServerError::Supervisor(PeerFault::Eof) | ServerError::Vcpu(PeerFault::Eof)) => {
                 self.leave();
                 Ok(())
             }

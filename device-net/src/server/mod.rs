@@ -77,6 +77,8 @@ pub struct Server {
     control: Control,
     port: Port,
     nic: Nic,
+    /// There is no predecessor any more.
+    serves: bool,
     /// Which descriptors are watched for room to write: control, port, backend.
     watched_for_room: [bool; 3],
 }
@@ -92,17 +94,12 @@ impl Server {
             .map_err(|errno| HostError::new("make an epoll", errno))?;
         watch(&epoll, control.as_fd(), CONTROL, EpollFlags::EPOLLIN)?;
         watch(&epoll, port.as_fd(), PORT, EpollFlags::EPOLLIN)?;
-        watch(
-            &epoll,
-            backend.as_fd(),
-            BACKEND,
-            EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
-        )?;
         Ok(Self {
             epoll,
             control,
             port,
             nic: Nic::new(config, backend),
+            serves: false,
             watched_for_room: [false; 3],
         })
     }
@@ -111,6 +108,9 @@ impl Server {
     pub fn run(mut self) -> Result<(), ServerError> {
         let result = self.serve();
         self.nic.leave_to_successor();
+        if result.is_ok() {
+            self.control.released()?;
+        }
         result
     }
 
@@ -122,7 +122,7 @@ impl Server {
     /// One turn of the loop: does what can be done, then waits at most `patience` for something new. False: told to
     /// stop.
     fn turn(&mut self, patience: EpollTimeout) -> Result<bool, ServerError> {
-        let mut busy = self.nic.round(&self.port)?;
+        let mut busy = self.serves && self.nic.round(&self.port)?;
         if self.nic.wants_to_hear() {
             self.on_port()?;
             self.nic.heard();
@@ -228,7 +228,18 @@ impl Server {
     fn on_port(&mut self) -> Result<(), ServerError> {
         for event in self.port.on_readable().map_err(ServerError::Vcpu)? {
             match event {
-                PortEvent::Attached => self.nic.on_attached(self.port.ram()),
+                PortEvent::Attached => {
+                    self.nic.on_attached(self.port.ram());
+                    self.control.warm()?;
+                }
+                // A waiting server is not woken by what arrives for its predecessor.
+                PortEvent::Serve => {
+                    self.serves = true;
+                    if let Some(backend) = self.nic.backend_fd() {
+                        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+                        watch(&self.epoll, backend, BACKEND, flags)?;
+                    }
+                }
                 PortEvent::ChannelOpened(endpoint, recovered) => {
                     let index = endpoint.sub_index();
                     let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;

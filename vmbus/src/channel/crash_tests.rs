@@ -68,7 +68,7 @@ impl Server {
                         self.held.insert(held.token.transaction_id(), held.token);
                     }
                 }
-                PortEvent::Attached | PortEvent::GpadlAdded { .. } => {}
+                PortEvent::Attached | PortEvent::Serve | PortEvent::GpadlAdded { .. } => {}
                 other => panic!("unexpected {other:?}"),
             }
         }

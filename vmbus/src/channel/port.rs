@@ -14,7 +14,7 @@ use super::token::Recovered;
 use super::{MAX_CHANNELS, MAX_RELID};
 use crate::ipc::codec::DecodeError;
 use crate::ipc::hello::{PROTOCOL, check_protocol};
-use crate::ipc::{PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
+use crate::ipc::{Message, PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
 use crate::journal::{ChannelJournal, Journal, JournalError, SaveError};
 use crate::mem::{Access, Gpn, GuestRam, PAGE_BYTES, PagedArea, RamLayout, SharedMap};
 use crate::record::{EventKind, Recorder};
@@ -41,8 +41,12 @@ pub enum PortError {
 /// What a server has to react to.
 #[derive(Debug)]
 pub enum PortEvent {
-    /// Guest RAM is there ([`Port::ram`]). Comes once, before everything else.
+    /// Guest RAM is there ([`Port::ram`]). Comes once, before everything else. A predecessor may still be serving:
+    /// touch nothing that is its own, and wait.
     Attached,
+    /// Journal, rings and back end are this server's, once it has made sure that its predecessor's I/O is over. Comes
+    /// once.
+    Serve,
     /// A channel is open: look at its ring now. Boxed for its size.
     ChannelOpened(Box<Endpoint>, Recovered),
     /// Stop serving the channel, finish or cancel all I/O for it, then call [`Port::channel_closed`].
@@ -101,6 +105,7 @@ pub struct Port {
     socket: Socket,
     journal: Journal,
     attached: Option<Attached>,
+    serves: bool,
     gpadls: BTreeMap<u32, Gpadl>,
     channels: BTreeMap<u32, Channel>,
     recorder: Option<Arc<Recorder>>,
@@ -122,6 +127,7 @@ impl Port {
             socket,
             journal,
             attached: None,
+            serves: false,
             gpadls: BTreeMap::new(),
             channels: BTreeMap::new(),
             recorder: None,
@@ -183,6 +189,12 @@ impl Port {
         message: VcpuToServer,
         fds: Vec<OwnedFd>,
     ) -> Result<Option<PortEvent>, PeerFault> {
+        if !self.serves && !matches!(message, VcpuToServer::Attach { .. } | VcpuToServer::Serve) {
+            return Err(PeerFault::OutOfTurn {
+                message: message.name(),
+                why: "Serve comes first",
+            });
+        }
         match message {
             VcpuToServer::Attach {
                 protocol,
@@ -241,6 +253,16 @@ impl Port {
                 }),
             },
             VcpuToServer::Quiesce { token } => Ok(Some(PortEvent::Quiesce { token })),
+            VcpuToServer::Serve => {
+                self.attached("Serve")?;
+                if std::mem::replace(&mut self.serves, true) {
+                    return Err(PeerFault::OutOfTurn {
+                        message: "Serve",
+                        why: "serving already",
+                    });
+                }
+                Ok(Some(PortEvent::Serve))
+            }
         }
     }
 

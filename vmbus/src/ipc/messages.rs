@@ -42,7 +42,8 @@ pub enum SupervisorToServer {
         /// (sealed memfd of [`crate::record`], optional), and the device's own (`disk`, `tap`, …). No name twice.
         fds: Vec<String>,
     },
-    /// Stop at a packet boundary and exit with status 0. What was taken and not completed is the successor's.
+    /// Stop at a packet boundary, answer with `Released` and exit with status 0. What was taken and not completed is
+    /// the successor's.
     Stop,
     /// Answer with `Pong` and the same token. Proves that the server's loop turns.
     Ping { token: u64 },
@@ -66,6 +67,11 @@ pub enum ServerToSupervisor {
     Inspect { entries: Vec<(String, String)> },
     /// Something that the operator may want to know. One sentence.
     Event { text: String },
+    /// Guest memory is mapped, and everything is done that can be done before `Serve`.
+    Warm,
+    /// The answer to `Stop`, after which the process exits: it does not touch guest memory, rings, journal and back end
+    /// any more, and none of its I/O is under way. From here on a successor may serve.
+    Released,
 }
 
 /// Supervisor to `bulkhead-vcpu`, over its fd 3.
@@ -93,10 +99,11 @@ pub enum SupervisorToVcpu {
         /// Most sub-channels that a server of this device may ask to be offered.
         max_sub_channels: u16,
     },
-    /// A successor is there. Comes with one descriptor: the socket to it.
+    /// A successor is there. Comes with one descriptor: the socket to it. While its predecessor is there, too, it waits: it
+    /// is let serve by the `ServerGone` of that one. At most one waits.
     ServerAttached { device: u32, generation: u32 },
-    /// The server process was reaped, and its asynchronous I/O is over: nothing of it touches guest memory any
-    /// more.
+    /// The server process was reaped or has said `Released`, and its asynchronous I/O is over: nothing of it touches
+    /// guest memory any more.
     ServerGone { device: u32, generation: u32 },
     /// Let the vCPUs run.
     Run,
@@ -258,7 +265,8 @@ pub enum ServerToVcpu {
 
 /// `bulkhead-vcpu` to device server.
 ///
-/// The order at any attach: `Attach`, every `Gpadl`, every `OpenChannel`; then live updates.
+/// The order for any server: `Attach`; `Serve`, at once or when the predecessor is gone; every `Gpadl`, every
+/// `OpenChannel`; then live updates.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum VcpuToServer {
     /// The first message. Comes with two descriptors: guest RAM (sealed memfd) and the event flags (sealed
@@ -314,6 +322,9 @@ pub enum VcpuToServer {
     TeardownGpadl { gpadl: u32 },
     /// The guest resets or unloads: drop all channels and GPADLs, then answer with `Quiesced`.
     Quiesce { token: u64 },
+    /// There is no predecessor any more: journal, rings and back end are this server's. Every `Gpadl` and every
+    /// `OpenChannel` follows.
+    Serve,
 }
 
 impl Message for SupervisorToServer {
@@ -342,6 +353,8 @@ impl Message for ServerToSupervisor {
             Self::Pong { .. } => "Pong",
             Self::Inspect { .. } => "Inspect",
             Self::Event { .. } => "Event",
+            Self::Warm => "Warm",
+            Self::Released => "Released",
         }
     }
 }
@@ -419,6 +432,7 @@ impl Message for VcpuToServer {
             Self::CloseChannel { .. } => "CloseChannel",
             Self::TeardownGpadl { .. } => "TeardownGpadl",
             Self::Quiesce { .. } => "Quiesce",
+            Self::Serve => "Serve",
         }
     }
 
@@ -429,7 +443,8 @@ impl Message for VcpuToServer {
             | Self::Retarget { .. }
             | Self::CloseChannel { .. }
             | Self::TeardownGpadl { .. }
-            | Self::Quiesce { .. } => 0,
+            | Self::Quiesce { .. }
+            | Self::Serve => 0,
         }
     }
 }

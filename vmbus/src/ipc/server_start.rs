@@ -205,7 +205,7 @@ impl Start {
 /// What the supervisor wants of a running server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ControlRequest {
-    /// Stop at a packet boundary, and exit with status 0.
+    /// Stop at a packet boundary, call [`Control::released`], and exit with status 0.
     Stop,
     /// Call [`Control::inspect`].
     Inspect,
@@ -256,6 +256,17 @@ impl Control {
     /// Reports in one sentence that the server cannot go on. Exit afterwards.
     pub fn failed(&mut self, message: String) -> Result<(), SendError> {
         self.socket.send(&ServerToSupervisor::Failed { message }, &[])
+    }
+
+    /// Tells that this server can take over at any moment.
+    pub fn warm(&mut self) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Warm, &[])
+    }
+
+    /// Answers a [`ControlRequest::Stop`]: nothing of the guest and of the back end is touched from here on. Exit
+    /// afterwards.
+    pub fn released(&mut self) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Released, &[])
     }
 
     /// Whether to poll for writability, too.

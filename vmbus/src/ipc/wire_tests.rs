@@ -47,6 +47,7 @@ fn vcpu_to_server() -> Vec<VcpuToServer> {
         VcpuToServer::Quiesce {
             token: 0x1122_3344_5566_7788,
         },
+        VcpuToServer::Serve,
     ]
 }
 
@@ -68,6 +69,26 @@ fn server_to_vcpu() -> Vec<ServerToVcpu> {
             open_epoch: 3,
             why: "index".to_owned(),
         },
+    ]
+}
+
+fn server_to_supervisor() -> Vec<ServerToSupervisor> {
+    vec![
+        ServerToSupervisor::Ready {
+            report: "{}".to_owned(),
+        },
+        ServerToSupervisor::Failed {
+            message: "no disk".to_owned(),
+        },
+        ServerToSupervisor::Pong { token: 1 },
+        ServerToSupervisor::Inspect {
+            entries: vec![("a".to_owned(), "b".to_owned())],
+        },
+        ServerToSupervisor::Event {
+            text: "warm".to_owned(),
+        },
+        ServerToSupervisor::Warm,
+        ServerToSupervisor::Released,
     ]
 }
 
@@ -143,6 +164,7 @@ fn messages_have_these_bytes() {
         "04000000 05000000 03000000",
         "05000000 101e0e00",
         "06000000 8877665544332211",
+        "07000000",
     ];
     for (message, golden) in vcpu_to_server().iter().zip(golden) {
         assert_eq!(
@@ -153,6 +175,16 @@ fn messages_have_these_bytes() {
     }
     let broken = codec::encode(&server_to_vcpu()[5]).expect("encodes");
     assert_eq!(hex(&broken), "0500000005000000030000000500000000000000696e646578");
+    for (number, message) in server_to_supervisor().iter().enumerate() {
+        let bytes = codec::encode(message).expect("encodes");
+        assert_eq!(bytes[..4], [number as u8, 0, 0, 0], "{message:?}");
+    }
+    assert_eq!(
+        codec::encode(&ServerToSupervisor::Released)
+            .expect("encodes")
+            .len(),
+        4
+    );
     let guid = codec::encode(&Guid::from_fields(1, 2, 3, [4; 8])).expect("encodes");
     assert_eq!(hex(&guid), "01000000020003000404040404040404");
 }
@@ -192,6 +224,7 @@ fn every_prefix_and_every_damaged_byte_is_refused_or_means_something_else() {
     damage(&vcpu_to_server());
     damage(&server_to_vcpu());
     damage(&supervisor_to_server());
+    damage(&server_to_supervisor());
     damage(&supervisor_to_vcpu());
 }
 

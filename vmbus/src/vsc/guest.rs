@@ -103,6 +103,8 @@ pub struct SyntheticGuest {
     gpadls: BTreeMap<u32, OpenGpadl>,
     channels: BTreeMap<u32, OpenChannel>,
     server: Option<Socket>,
+    /// A server that has said hello and waits until the one before is gone.
+    waiting: Option<Socket>,
     /// What the server said and nobody asked for yet.
     heard: VecDeque<ServerToVcpu>,
     sub_channels_offered: u16,
@@ -131,6 +133,7 @@ impl SyntheticGuest {
             gpadls: BTreeMap::new(),
             channels: BTreeMap::new(),
             server: None,
+            waiting: None,
             heard: VecDeque::new(),
             sub_channels_offered: 0,
         })
@@ -172,8 +175,15 @@ impl SyntheticGuest {
     /// Takes the server's end of a new connection and tells it everything: RAM, GPADLs, open channels. Waits for its
     /// hello, and returns its generation.
     ///
-    /// The first server is told nothing but RAM, and hears of the rest as it happens.
+    /// The first server is told nothing but RAM and that it serves, and hears of the rest as it happens.
     pub fn attach(&mut self, socket: OwnedFd, deadline: Instant) -> Result<u32, VscError> {
+        let generation = self.attach_waiting(socket, deadline)?;
+        self.promote()?;
+        Ok(generation)
+    }
+
+    /// The same for a successor of a server that still serves: it is told of RAM and waits for [`Self::promote`].
+    pub fn attach_waiting(&mut self, socket: OwnedFd, deadline: Instant) -> Result<u32, VscError> {
         let mut socket = Socket::new(socket);
         let generation = loop {
             match socket.recv::<ServerToVcpu>()? {
@@ -198,15 +208,22 @@ impl SyntheticGuest {
             vp_count: self.vp_count,
         };
         socket.send(&attach, &[self.ram_fd.as_fd(), self.event_flags_fd.as_fd()])?;
-        self.server = Some(socket);
+        self.waiting = Some(socket);
+        Ok(generation)
+    }
+
+    /// The server that served is gone, and nothing of it touches memory any more: the waiting one is told to serve, and
+    /// everything else.
+    pub fn promote(&mut self) -> Result<(), VscError> {
+        self.server = Some(self.waiting.take().ok_or(VscError::Missing("waiting server"))?);
         self.heard.clear();
+        self.tell(&VcpuToServer::Serve)?;
         let gpadls: Vec<u32> = self.gpadls.keys().copied().collect();
         gpadls.into_iter().try_for_each(|gpadl| self.tell_gpadl(gpadl))?;
         let channels: Vec<u32> = self.channels.keys().copied().collect();
         channels
             .into_iter()
-            .try_for_each(|channel| self.tell_channel(channel, false))?;
-        Ok(generation)
+            .try_for_each(|channel| self.tell_channel(channel, false))
     }
 
     /// The server's process is gone, and nothing of it touches memory any more.

@@ -288,6 +288,7 @@ impl Bus {
             vp_count: self.vp_count,
         };
         self.send(device, attach);
+        self.send(device, VcpuToServer::Serve);
         let channels = self.channels.of_device(device);
         let gpadls: Vec<u32> = self
             .gpadls

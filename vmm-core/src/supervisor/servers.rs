@@ -50,7 +50,7 @@ impl Supervisor {
                 self.on_ready(report, false);
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
-            ServerToSupervisor::Pong { .. } => {}
+            ServerToSupervisor::Pong { .. } | ServerToSupervisor::Warm | ServerToSupervisor::Released => {}
             ServerToSupervisor::Inspect { entries } => self.on_inspected(&name, entries),
             ServerToSupervisor::Event { text } => report::relay(&name, &process::printable(&text)),
         }

@@ -264,6 +264,7 @@ impl World {
                 VcpuToServer::TeardownGpadl { gpadl } => ServerToVcpu::GpadlReleased { gpadl },
                 VcpuToServer::Quiesce { token } => ServerToVcpu::Quiesced { token },
                 VcpuToServer::Attach { .. }
+                | VcpuToServer::Serve
                 | VcpuToServer::Gpadl { .. }
                 | VcpuToServer::OpenChannel { .. }
                 | VcpuToServer::Retarget { .. } => continue,
@@ -510,7 +511,7 @@ impl World {
                 assert_eq!(server.open.get(channel), Some(open_epoch));
             }
             VcpuToServer::TeardownGpadl { gpadl } => assert!(server.gpadls.contains(gpadl)),
-            VcpuToServer::Quiesce { .. } => {}
+            VcpuToServer::Quiesce { .. } | VcpuToServer::Serve => {}
         }
         server.inbox.push_back(message);
     }

@@ -34,6 +34,7 @@ fn a_server_that_attaches_late_hears_the_whole_truth_afresh() {
         inbox[..],
         [
             VcpuToServer::Attach { .. },
+            VcpuToServer::Serve,
             VcpuToServer::Gpadl { .. },
             VcpuToServer::OpenChannel { fresh: true, .. }
         ]
@@ -58,7 +59,7 @@ fn a_successor_hears_the_same_and_recovers() {
     world.attach(DISK);
     assert_eq!(opens(&world), [(disk.0, 1, false)]);
     assert!(matches!(
-        world.inbox(DISK)[2],
+        world.inbox(DISK)[3],
         VcpuToServer::OpenChannel { target_vp: 3, .. }
     ));
     assert_eq!(world.heard(), []);
@@ -263,7 +264,7 @@ fn a_wrong_hello_is_condemned() {
         assert_eq!(world.misbehaved.len(), 1);
         world.die(DISK);
         world.attach(DISK);
-        assert_eq!(world.inbox(DISK).len(), 1);
+        assert_eq!(world.inbox(DISK).len(), 2);
     }
 }
 
@@ -347,6 +348,6 @@ fn a_second_server_before_the_first_is_gone_is_refused() {
     };
     let actions = world.bus.on_server_message(DISK, 2, hello);
     world.act(actions);
-    assert_eq!(world.inbox(DISK).len(), 1);
+    assert_eq!(world.inbox(DISK).len(), 2);
     assert_eq!(world.faults(), 2);
 }

@@ -107,6 +107,7 @@ fn told(message: &VcpuToServer) -> String {
         VcpuToServer::CloseChannel { channel, .. } => format!("close {channel}"),
         VcpuToServer::TeardownGpadl { gpadl } => format!("teardown {gpadl:x}"),
         VcpuToServer::Quiesce { .. } => "quiesce".to_owned(),
+        VcpuToServer::Serve => "serve".to_owned(),
     }
 }
 

@@ -85,8 +85,10 @@ pub struct Driver {
     pub(super) outstanding: Vec<BTreeMap<u64, Outgoing>>,
     /// Sub-allocations with us, each by its offset.
     pub(super) held: BTreeSet<u32>,
-    pub(super) held_by_packet: BTreeMap<(usize, u64), Vec<u32>>,
-    pub(super) responses: VecDeque<Vec<u8>>,
+    /// Offsets and lengths in the receive buffer.
+    pub(super) held_by_packet: BTreeMap<(usize, u64), Vec<(u32, u32)>>,
+    /// Answers to control messages that nobody took yet.
+    pub responses: VecDeque<Vec<u8>>,
     pub(super) packet_buf: PacketBuf,
     receive_gpadl: u32,
     send_gpadl: u32,

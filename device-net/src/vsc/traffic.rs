@@ -143,7 +143,8 @@ impl Driver {
         Ok(id)
     }
 
-    fn stage_pages(
+    /// Stages one frame in pages, or its header in a section and the rest in pages.
+    pub fn stage_pages(
         &mut self,
         channel: usize,
         frame: &[u8],
@@ -198,6 +199,11 @@ impl Driver {
         self.outstanding.iter().map(|channel| channel.len()).sum()
     }
 
+    /// Whether that packet is sent and not completed.
+    pub fn is_outstanding(&self, channel: usize, transaction_id: u64) -> bool {
+        self.outstanding[channel].contains_key(&transaction_id)
+    }
+
     /// Sub-allocations that are with us.
     pub fn held(&self) -> usize {
         self.held.len()
@@ -234,8 +240,27 @@ impl Driver {
         (0..self.channels.len()).try_for_each(|channel| self.flush(channel))
     }
 
+    /// The frames of a packet that was kept, as they lie in the receive buffer now.
+    pub fn reread(&self, channel: usize, transaction_id: u64) -> Result<Vec<Vec<u8>>, VscError> {
+        let ranges = self.held_by_packet.get(&(channel, transaction_id));
+        let ranges = ranges.ok_or(wrong("packet that is kept"))?;
+        let mut frames = Vec::with_capacity(ranges.len());
+        for &(offset, bytes) in ranges {
+            let mut message = vec![0; bytes as usize];
+            self.receive_area.read(u64::from(offset), &mut message)?;
+            let (place, _) = parse_to_guest(&message).ok_or(wrong("well-formed RNDIS packet"))?;
+            frames.push(message[place].to_vec());
+        }
+        Ok(frames)
+    }
+
+    /// Gives back one packet that was kept and is not in [`Driver::unreturned`] any more. Flush afterwards.
+    pub fn give_back_packet(&mut self, channel: usize, transaction_id: u64) -> Result<(), VscError> {
+        self.complete(channel, transaction_id)
+    }
+
     fn complete(&mut self, channel: usize, transaction_id: u64) -> Result<(), VscError> {
-        for offset in self
+        for (offset, _) in self
             .held_by_packet
             .remove(&(channel, transaction_id))
             .unwrap_or_default()
@@ -316,7 +341,7 @@ impl Driver {
             if !is_inside || !self.held.insert(range.byte_offset) {
                 return Err(wrong("sub-allocation that is free"));
             }
-            offsets.push(range.byte_offset);
+            offsets.push((range.byte_offset, range.byte_count));
             let mut message = vec![0; range.byte_count as usize];
             self.receive_area
                 .read(u64::from(range.byte_offset), &mut message)?;

@@ -2,9 +2,7 @@
 
 use crate::network::{FILTER, from_guest, number_of, room, running, to_guest};
 use device_net::netvsp::wire::{GuestMessage, HostMessage, NvspStatus, NvspVersion, RECEIVE_BUFFER_ID};
-use device_net::rndis::packet::FrameRequests;
 use device_net::vsc::{DriverOptions, Form, Room};
-use std::collections::BTreeSet;
 use vmbus::mem::Gpa;
 use vmbus::ring::PacketBuf;
 use vmbus::vsc::ChannelOptions;
@@ -97,58 +95,6 @@ fn frames_with_the_guest_are_not_overwritten_by_the_successor() {
     let expected = driver.suballocation_count.to_string();
     let free = room.inspect_until("receive-buffer/free", &expected);
     assert_eq!(free.expect("a number"), expected);
-}
-
-/// The server is killed at any point of a conversation in both directions.
-#[test]
-fn killed_under_load_nothing_is_completed_twice_and_every_credit_comes_back() {
-    let (mut room, mut network, mut driver) = running(DriverOptions {
-        queues: 2,
-        ..DriverOptions::default()
-    });
-    let reader = network.read_all();
-    let mut sent = 0u32;
-    let mut seen = BTreeSet::new();
-    // Twelve deaths, and as many more as it takes until the load was worth the name.
-    for round in 0..200u32 {
-        if round >= 12 && seen.len() > 20 && sent > 100 {
-            break;
-        }
-        for _ in 0..150 {
-            for channel in 0..2 {
-                let frame = from_guest(sent, 100 + sent as usize % 1200);
-                if driver
-                    .stage_batch(channel, &[&frame], &FrameRequests::default())
-                    .expect("staged")
-                    .is_some()
-                {
-                    sent += 1;
-                }
-                driver.flush(channel).expect("flushed");
-            }
-            network.put(&to_guest(round * 1000 + sent % 1000, 400));
-            for channel in 0..2 {
-                driver.poll_once(channel).expect("well-behaved");
-            }
-            seen.extend(driver.frames.drain(..).map(|frame| number_of(&frame.bytes)));
-        }
-        // In the middle of whatever it does.
-        replace(&mut room);
-    }
-    driver.wait_sent(room.deadline()).expect("all completed once");
-    driver.set_filter(0, room.deadline()).expect("quiet");
-    for channel in 0..2 {
-        driver.poll_once(channel).expect("well-behaved");
-    }
-    driver
-        .set_filter(0, room.deadline())
-        .expect("the server has seen all completions");
-    assert_eq!(driver.held(), 0);
-    let expected = driver.suballocation_count.to_string();
-    let free = room.inspect_until("receive-buffer/free", &expected);
-    assert_eq!(free.expect("a number"), expected);
-    assert!(seen.len() > 20 && sent > 100, "{} {sent}", seen.len());
-    network.end(reader);
 }
 
 /// Each step of start-up is asked, and the server dies before, while or after it answers.

@@ -5,5 +5,6 @@ mod control;
 mod crash;
 mod frames;
 mod hostile;
+mod kills;
 mod network;
 mod tap;

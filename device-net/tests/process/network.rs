@@ -127,3 +127,10 @@ impl Network {
         reader.join().expect("no panic");
     }
 }
+
+impl Network {
+    /// The bare end of the stream, for a load.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
+    }
+}

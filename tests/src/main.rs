@@ -31,7 +31,10 @@ enum Task {
     BenchPeer,
     /// The half of the rig's benchmarks that runs inside the rig.
     #[command(hide = true)]
-    BenchRig,
+    BenchRig {
+        /// Names of figures.
+        names: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -42,7 +45,7 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => guarded(|| demo::main(arguments)),
         Task::Bench(arguments) => guarded(|| bench::main(arguments)),
         Task::BenchPeer => bench::ring::peer(),
-        Task::BenchRig => bench::rig::inside(),
+        Task::BenchRig { names } => bench::rig::inside(&names),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -8,18 +8,17 @@ done
 ip link set eth0 up
 ip addr add @GUEST@/24 dev eth0
 echo "bench: idle"
-read -r go
 now() { read -r up rest </proc/uptime; echo "$up"; }
-start=$(now)
-dd if=/dev/zero of=$disk bs=65536 count=@BLOCKS@ oflag=direct 2>/dev/null || echo "bench: FAILED write"
-echo "bench: disk-write $start $(now)"
-start=$(now)
-dd if=$disk of=/dev/null bs=65536 count=@BLOCKS@ iflag=direct 2>/dev/null || echo "bench: FAILED read"
-echo "bench: disk-read $start $(now)"
-start=$(now)
-dd if=/dev/zero bs=65536 count=@BLOCKS@ 2>/dev/null | nc @HOST@ @SINK@ || echo "bench: FAILED send"
-echo "bench: net-send $start $(now)"
-start=$(now)
-nc @HOST@ @SOURCE@ </dev/null | wc -c | grep -q '^@BYTES@$' || echo "bench: FAILED receive"
-echo "bench: net-receive $start $(now)"
+# The host names one phase after the other.
+while read -r phase; do
+    start=$(now)
+    case $phase in
+    disk-write) dd if=/dev/zero of=$disk bs=65536 count=@DISK_BLOCKS@ oflag=direct 2>/dev/null || echo "bench: FAILED write" ;;
+    disk-read) dd if=$disk of=/dev/null bs=65536 count=@DISK_BLOCKS@ iflag=direct 2>/dev/null || echo "bench: FAILED read" ;;
+    net-send) dd if=/dev/zero bs=65536 count=@NET_BLOCKS@ 2>/dev/null | nc @HOST@ @SINK@ || echo "bench: FAILED send" ;;
+    net-receive) nc @HOST@ @SOURCE@ </dev/null | wc -c | grep -q '^@NET_BYTES@$' || echo "bench: FAILED receive" ;;
+    end) break ;;
+    esac
+    echo "bench: $phase took $start $(now)"
+done
 exit 0

@@ -15,9 +15,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// 64 KiB blocks of each transfer: 32 MiB.
-const BLOCKS: u64 = 512;
-const BYTES: u64 = BLOCKS << 16;
+/// 64 KiB blocks of each transfer to and from the disk: 32 MiB.
+const DISK_BLOCKS: u64 = 512;
+const DISK_BYTES: u64 = DISK_BLOCKS << 16;
+/// Likewise for the network: 8 MiB. The emulator breaks down the sooner the more interrupts it has to deliver.
+const NET_BLOCKS: u64 = 128;
+const NET_BYTES: u64 = NET_BLOCKS << 16;
 const MEMORY_MIB: u64 = 256;
 const HOST: &str = "192.168.214.1";
 const GUEST: &str = "192.168.214.2";
@@ -48,7 +51,7 @@ impl Kind {
 }
 
 /// What one run brought.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Sample {
     /// From the start of the monitor's program to the first line of `/init`.
     pub boot_s: f64,
@@ -63,17 +66,30 @@ pub struct Sample {
     pub disk_write_mb_s: f64,
     /// TCP, as much in each direction, one after the other.
     pub net_mb_s: f64,
+    /// For people: each process with its share of `pss_mib`.
+    pub processes: Vec<String>,
+}
+
+/// What to measure beside the start, which is always measured. What is left out is 0 in the sample.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// Memory and wake-ups of an idle guest.
+    pub idle: bool,
+    /// The disk's throughput.
+    pub disk: bool,
+    /// The network's throughput.
+    pub net: bool,
 }
 
 /// Boots a guest and measures.
-pub fn run_machine(kind: Kind) -> Result<Sample> {
+pub fn run_machine(kind: Kind, wanted: Wanted) -> Result<Sample> {
     fs::create_dir_all(WORK)?;
     let disk = Path::new(WORK).join("disk.raw");
     if !disk.exists() {
         // Written once, so that neither monitor pays for the file's allocation.
         let mut file = File::create(&disk)?;
         let block = vec![0xA5_u8; 1 << 20];
-        for _ in 0..BYTES >> 20 {
+        for _ in 0..DISK_BYTES >> 20 {
             file.write_all(&block)?;
         }
         file.sync_all()?;
@@ -86,8 +102,9 @@ pub fn run_machine(kind: Kind) -> Result<Sample> {
         .replace("@HOST@", HOST)
         .replace("@SINK@", &sink.to_string())
         .replace("@SOURCE@", &source.to_string())
-        .replace("@BLOCKS@", &BLOCKS.to_string())
-        .replace("@BYTES@", &BYTES.to_string());
+        .replace("@DISK_BLOCKS@", &DISK_BLOCKS.to_string())
+        .replace("@NET_BLOCKS@", &NET_BLOCKS.to_string())
+        .replace("@NET_BYTES@", &NET_BYTES.to_string());
     fs::copy("/opt/guest/initrd.cpio", &initrd)?;
     File::options()
         .append(true)
@@ -104,25 +121,31 @@ pub fn run_machine(kind: Kind) -> Result<Sample> {
     machine.wait_for("guest: init")?;
     let boot_s = started.elapsed().as_secs_f64();
     machine.wait_for("bench: idle")?;
-    thread::sleep(SETTLE);
-    let before = Reading::of(&family(machine.child.id())?, MEMORY_MIB)?;
-    thread::sleep(WATCH);
-    let after = Reading::of(&family(machine.child.id())?, MEMORY_MIB)?;
-    machine.input.write_all(b"go\n")?;
-    let write_s = machine.phase("disk-write")?;
-    let read_s = machine.phase("disk-read")?;
-    let send_s = machine.phase("net-send")?;
-    let receive_s = machine.phase("net-receive")?;
-    machine.end()?;
-    let megabytes = BYTES as f64 / 1e6;
-    Ok(Sample {
+    let mut sample = Sample {
         boot_s,
-        pss_mib: after.pss_mib,
-        wakeups_per_s: after.most_wakeups_since(&before) / WATCH.as_secs_f64(),
-        disk_read_mb_s: megabytes / read_s,
-        disk_write_mb_s: megabytes / write_s,
-        net_mb_s: 2.0 * megabytes / (send_s + receive_s),
-    })
+        ..Sample::default()
+    };
+    if wanted.idle {
+        thread::sleep(SETTLE);
+        let before = Reading::of(&family(machine.child.id())?, MEMORY_MIB)?;
+        thread::sleep(WATCH);
+        let after = Reading::of(&family(machine.child.id())?, MEMORY_MIB)?;
+        sample.pss_mib = after.pss_mib;
+        sample.wakeups_per_s = after.most_wakeups_since(&before) / WATCH.as_secs_f64();
+        sample.processes = after.processes;
+    }
+    let megabytes = |bytes: u64| bytes as f64 / 1e6;
+    if wanted.disk {
+        sample.disk_write_mb_s = megabytes(DISK_BYTES) / machine.phase("disk-write")?;
+        sample.disk_read_mb_s = megabytes(DISK_BYTES) / machine.phase("disk-read")?;
+    }
+    if wanted.net {
+        let seconds = machine.phase("net-send")? + machine.phase("net-receive")?;
+        sample.net_mb_s = 2.0 * megabytes(NET_BYTES) / seconds;
+    }
+    machine.input.write_all(b"end\n")?;
+    machine.end()?;
+    Ok(sample)
 }
 
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
@@ -130,7 +153,16 @@ const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
 fn bulkhead(disk: &Path, initrd: &Path) -> Command {
     let mut command = Command::new("/usr/bin/bulkhead");
     command
-        .args(["run", "--name", "bench", "--vcpus", "1", "--memory"])
+        .args([
+            "run",
+            "--name",
+            "bench",
+            "--vcpus",
+            "1",
+            "--on-reset",
+            "exit",
+            "--memory",
+        ])
         .arg(format!("{MEMORY_MIB}M"))
         .args(["--kernel", "/opt/guest/vmlinux", "--cmdline", CMDLINE, "--initrd"])
         .arg(initrd)
@@ -211,7 +243,7 @@ fn sink() -> Result<u16> {
 /// A port that sends as many bytes as are measured.
 fn source() -> Result<u16> {
     serve(|mut stream| {
-        std::io::copy(&mut std::io::repeat(0x5A).take(BYTES), &mut stream)?;
+        std::io::copy(&mut std::io::repeat(0x5A).take(NET_BYTES), &mut stream)?;
         Ok(())
     })
 }
@@ -287,7 +319,8 @@ impl Machine {
 
     /// Seconds that a phase took by the guest's clock.
     fn phase(&mut self, name: &str) -> Result<f64> {
-        let rest = self.wait_for(&format!("bench: {name} "))?;
+        self.input.write_all(format!("{name}\n").as_bytes())?;
+        let rest = self.wait_for(&format!("bench: {name} took "))?;
         let times: Vec<f64> = rest
             .split_whitespace()
             .filter_map(|word| word.parse().ok())

@@ -31,6 +31,8 @@ pub fn family(root: u32) -> Result<Vec<u32>> {
 pub struct Reading {
     /// Proportional set size of all processes together, guest RAM left out.
     pub pss_mib: f64,
+    /// Each process with what it holds, for people.
+    pub processes: Vec<String>,
     /// Voluntary context switches of each process's threads, those that run a vCPU left out.
     wakeups: BTreeMap<u32, u64>,
 }
@@ -39,14 +41,19 @@ impl Reading {
     /// Looks at the processes of a guest with this much memory.
     pub fn of(processes: &[u32], guest_mib: u64) -> Result<Reading> {
         let mut pss_kib = 0;
+        let mut lines = Vec::new();
         let mut wakeups = BTreeMap::new();
         for &pid in processes {
             let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-            pss_kib += pss_without_guest_ram(&smaps, guest_mib);
+            let kib = pss_without_guest_ram(&smaps, guest_mib);
+            pss_kib += kib;
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            lines.push(format!("{} {kib} KiB", name.trim()));
             wakeups.insert(pid, voluntary_switches(pid)?);
         }
         Ok(Reading {
             pss_mib: pss_kib as f64 / 1024.0,
+            processes: lines,
             wakeups,
         })
     }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use bulkhead_tests::xtask::guard::guarded;
-use bulkhead_tests::{bench, demo, xtask};
+use bulkhead_tests::{bench, demo, kill, xtask};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -26,6 +26,8 @@ enum Task {
     Demo(demo::DemoArguments),
     /// Measure figures beside their baselines.
     Bench(bench::BenchArguments),
+    /// Kill device servers under load and count what a guest would notice.
+    Kill(kill::KillArguments),
     /// The reading process of the ring benchmark.
     #[command(hide = true)]
     BenchPeer,
@@ -38,12 +40,18 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    // The supervisor of a VM whose processors are played starts this program under that name.
+    let name = std::env::args().next().unwrap_or_default();
+    if name.rsplit('/').next() == Some(kill::played::NAME) {
+        return kill::played::main();
+    }
     let result = match Arguments::parse().command {
         Task::Rig(command) => guarded(|| xtask::rig::main(command)),
         Task::Test(arguments) => guarded(|| xtask::test::main(&arguments)),
         Task::Tcb(arguments) => xtask::tcb::main(&arguments),
         Task::Demo(arguments) => guarded(|| demo::main(arguments)),
         Task::Bench(arguments) => guarded(|| bench::main(arguments)),
+        Task::Kill(arguments) => guarded(|| kill::main(arguments)),
         Task::BenchPeer => bench::ring::peer(),
         Task::BenchRig { names } => bench::rig::inside(&names),
     };

@@ -1,0 +1,407 @@
+//! Verified load on a disk: what every block of every place must hold is known at any time.
+//!
+//! Each channel has places of its own on the disk, so its thread alone decides what they hold. A place with a request
+//! under way is left alone by others; a read is therefore right in one way only. Every 4 KiB block carries its place
+//! and the number of the write that put it there ([`super::pattern`]).
+//!
+//! Checked: each request is completed once and with success; what a read returns; that a block whose write or unmap was
+//! answered is in the file (a sample of them, and one place after each flush); every place at the end, by reading the
+//! file and by reading the disk.
+//! Not checked: whether what a flush promised survives a loss of power. The file is in the host's page cache, which no
+//! death of a process empties.
+
+#![forbid(unsafe_code)]
+
+use super::faults::{Fault, Faults};
+use super::host::Host;
+use super::pattern::{self, BLOCK_BYTES, Random};
+use super::timeline::{Life, Timeline};
+use super::{DEPTH, PATIENCE};
+use anyhow::{Context, Result};
+use device_block::vsc::{Command, Initiator, Reply};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use vmbus::mem::{Gpa, GuestRam};
+use vmbus::vsc::ChannelOptions;
+
+/// Places of each channel.
+const PLACES: u64 = 512;
+
+/// Blocks of the longest request.
+const MOST_BLOCKS: u64 = 4;
+
+/// How often a thread that hears nothing looks at the age of its requests.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Bytes of a disk for so many channels.
+pub fn disk_bytes(channels: u16) -> u64 {
+    u64::from(channels) * PLACES * BLOCK_BYTES as u64
+}
+
+/// The primary and its sub-channels, opened as Linux does.
+pub fn open_channels(host: &mut Host<'_>, channels: u16) -> Result<Vec<Initiator>> {
+    let deadline = Instant::now() + PATIENCE;
+    let guest = &mut host.guest;
+    let mut primary = Initiator::new(guest.open_channel(ChannelOptions::default())?);
+    primary.initialize(deadline)?;
+    let mut initiators = vec![primary];
+    if channels > 1 {
+        initiators[0].create_sub_channels(channels - 1, deadline)?;
+        for sub_index in 1..=guest.wait_sub_channels(deadline)? {
+            let options = ChannelOptions {
+                sub_index,
+                ..ChannelOptions::default()
+            };
+            initiators.push(Initiator::new(guest.open_channel(options)?));
+        }
+    }
+    anyhow::ensure!(
+        initiators.len() == usize::from(channels),
+        "{} channels instead of {channels}",
+        initiators.len()
+    );
+    Ok(initiators)
+}
+
+/// What a request is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Work {
+    Read { first: u64, blocks: u64 },
+    Write { first: u64, sequences: Vec<u64> },
+    Unmap { first: u64, blocks: u64 },
+    Flush,
+}
+
+#[derive(Debug)]
+struct Request {
+    work: Work,
+    slot: u64,
+    sent: Instant,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    /// Number of the write that was answered last; 0: none, or unmapped since.
+    sequence: u64,
+    busy: bool,
+}
+
+/// The thread of one channel.
+pub struct Load<'a> {
+    channel: usize,
+    initiator: Initiator,
+    ram: GuestRam,
+    /// [`MOST_BLOCKS`] blocks for each of [`DEPTH`] requests.
+    pages: Gpa,
+    file: &'a File,
+    faults: &'a Faults,
+    timeline: &'a Timeline,
+    random: Random,
+    places: Vec<Place>,
+    free_slots: Vec<u64>,
+    under_way: BTreeMap<u64, Request>,
+    next_id: u64,
+    next_sequence: u64,
+}
+
+impl<'a> Load<'a> {
+    /// Nothing is sent yet.
+    pub fn new(
+        host: &mut Host<'_>,
+        channel: usize,
+        initiator: Initiator,
+        file: &'a File,
+        (faults, timeline): (&'a Faults, &'a Timeline),
+        seed: u64,
+    ) -> Result<Self> {
+        let blocks = DEPTH * MOST_BLOCKS;
+        let pages = host.guest.allocate(blocks as usize)?;
+        Ok(Self {
+            channel,
+            initiator,
+            ram: host.guest.ram().clone(),
+            pages,
+            file,
+            faults,
+            timeline,
+            random: Random::new(seed, channel as u64),
+            places: vec![Place::default(); PLACES as usize],
+            free_slots: (0..DEPTH).collect(),
+            under_way: BTreeMap::new(),
+            next_id: 1,
+            next_sequence: 1,
+        })
+    }
+
+    /// Sends and checks until `stop` is set and everything is answered; then looks at every place.
+    pub fn run(mut self, stop: &AtomicBool) -> Result<()> {
+        if let Err(error) = self.send_and_take(stop) {
+            self.wrong(format_args!("{error:#}"));
+            return Ok(());
+        }
+        self.look_at_all()
+    }
+
+    /// Sends what there is room for and takes what is there, until nothing is under way and nothing is wanted.
+    fn send_and_take(&mut self, stop: &AtomicBool) -> Result<()> {
+        loop {
+            // Ordering: a flag; what it says needs nothing else to be seen.
+            let stopping = stop.load(Ordering::Relaxed);
+            if !stopping {
+                while let Some(slot) = self.free_slots.pop() {
+                    self.send(slot)?;
+                }
+            }
+            self.initiator.channel.flush()?;
+            let mut answers = Vec::new();
+            self.initiator
+                .collect_ready(2 * DEPTH as usize, |id, reply| answers.push((id, reply)))?;
+            let done = Instant::now();
+            let mut lives = Vec::new();
+            for (id, reply) in &answers {
+                self.on_answer(*id, reply, done, &mut lives)?;
+            }
+            let oldest = self.under_way.values().map(|request| request.sent).min();
+            self.timeline
+                .report(self.channel, &lives, oldest, self.under_way.len());
+            if stopping && self.under_way.is_empty() {
+                return Ok(());
+            }
+            if answers.is_empty()
+                && !self.initiator.channel.wait(Instant::now() + LOOK)?
+                && self.has_lost_one()
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    fn send(&mut self, slot: u64) -> Result<()> {
+        let page = Gpa(self.pages.0 + slot * MOST_BLOCKS * BLOCK_BYTES as u64);
+        let work = self.choose();
+        let bytes = |blocks: u64| blocks as u32 * BLOCK_BYTES as u32;
+        let command = match &work {
+            Work::Read { first, blocks } => {
+                // Whatever the device does not write shows.
+                self.ram.write(page, &vec![0xDD; bytes(*blocks) as usize])?;
+                Command::read(0, self.offset(*first), page, bytes(*blocks))
+            }
+            Work::Write { first, sequences } => {
+                let mut data = vec![0; sequences.len() * BLOCK_BYTES];
+                for (index, block) in data.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+                    pattern::fill(block, self.number(*first + index as u64), sequences[index]);
+                }
+                self.ram.write(page, &data)?;
+                let (offset, length) = (self.offset(*first), bytes(sequences.len() as u64));
+                match self.random.below(8) {
+                    0 => Command::write_durable(0, offset, page, length),
+                    _ => Command::write(0, offset, page, length),
+                }
+            }
+            Work::Unmap { first, blocks } => {
+                let list = Command::unmap_list(&[(self.offset(*first), bytes(*blocks))]);
+                self.ram.write(page, &list)?;
+                Command::unmap(0, page, list.len() as u16)
+            }
+            Work::Flush => Command::flush(0),
+        };
+        let id = self.next_id;
+        self.next_id += 1;
+        let sent = Instant::now();
+        self.initiator.queue_as(&command, id)?;
+        self.under_way.insert(id, Request { work, slot, sent });
+        Ok(())
+    }
+
+    /// 45 reads, 43 writes, 10 unmaps and 2 flushes of a hundred, of one to four blocks.
+    fn choose(&mut self) -> Work {
+        let kind = self.random.below(100);
+        if kind < 2 {
+            return Work::Flush;
+        }
+        let (first, blocks) = loop {
+            let blocks = 1 + self.random.below(MOST_BLOCKS);
+            let first = self.random.below(PLACES - blocks + 1);
+            if self.span(first, blocks).iter().all(|place| !place.busy) {
+                break (first, blocks);
+            }
+        };
+        self.span(first, blocks)
+            .iter_mut()
+            .for_each(|place| place.busy = true);
+        match kind {
+            2..12 => Work::Unmap { first, blocks },
+            12..55 => {
+                let from = self.next_sequence;
+                self.next_sequence += blocks;
+                Work::Write {
+                    first,
+                    sequences: (from..from + blocks).collect(),
+                }
+            }
+            _ => Work::Read { first, blocks },
+        }
+    }
+
+    fn on_answer(&mut self, id: u64, reply: &Reply, done: Instant, lives: &mut Vec<Life>) -> Result<()> {
+        let Some(Request { work, slot, sent }) = self.under_way.remove(&id) else {
+            let what = if id < self.next_id {
+                "again"
+            } else {
+                "and was never sent"
+            };
+            self.faults.count(
+                Fault::Double,
+                format_args!("channel {}: request {id} is completed {what}", self.channel),
+            );
+            return Ok(());
+        };
+        lives.push(Life { sent, done });
+        let bytes = match &work {
+            Work::Read { blocks, .. } => *blocks as u32 * BLOCK_BYTES as u32,
+            Work::Write { sequences, .. } => sequences.len() as u32 * BLOCK_BYTES as u32,
+            Work::Unmap { .. } => 24,
+            Work::Flush => 0,
+        };
+        let good = match work {
+            // What an UNMAP reports as moved is its list, or nothing.
+            Work::Unmap { .. } => reply.is_good(bytes) || reply.is_good(0),
+            _ => reply.is_good(bytes),
+        };
+        if !good {
+            self.wrong(format_args!("{work:?} is answered with {reply:?}"));
+        }
+        match work {
+            Work::Read { first, blocks } => {
+                let page = Gpa(self.pages.0 + slot * MOST_BLOCKS * BLOCK_BYTES as u64);
+                let mut data = vec![0; blocks as usize * BLOCK_BYTES];
+                self.ram.read(page, &mut data)?;
+                self.check(first, &data, "a read");
+                self.release(first, blocks);
+            }
+            Work::Write { first, sequences } => {
+                for (place, sequence) in self
+                    .span(first, sequences.len() as u64)
+                    .iter_mut()
+                    .zip(&sequences)
+                {
+                    place.sequence = *sequence;
+                }
+                self.after_change(first, sequences.len() as u64, "an answered write")?;
+            }
+            Work::Unmap { first, blocks } => {
+                self.span(first, blocks)
+                    .iter_mut()
+                    .for_each(|place| place.sequence = 0);
+                self.after_change(first, blocks, "an answered unmap")?;
+            }
+            Work::Flush => {
+                let place = self.random.below(PLACES);
+                if self.span(place, 1).iter().all(|place| !place.busy) {
+                    self.look_at_file(place, 1, "a flush")?;
+                }
+            }
+        }
+        self.free_slots.push(slot);
+        Ok(())
+    }
+
+    fn after_change(&mut self, first: u64, blocks: u64, after: &str) -> Result<()> {
+        if self.random.below(8) == 0 {
+            self.look_at_file(first, blocks, after)?;
+        }
+        self.release(first, blocks);
+        Ok(())
+    }
+
+    fn look_at_file(&mut self, first: u64, blocks: u64, after: &str) -> Result<()> {
+        let mut data = vec![0; blocks as usize * BLOCK_BYTES];
+        self.file
+            .read_exact_at(&mut data, self.offset(first))
+            .context("the disk's file cannot be read")?;
+        self.check(first, &data, &format!("the file after {after}"));
+        Ok(())
+    }
+
+    fn check(&mut self, first: u64, data: &[u8], what: &str) {
+        for (index, block) in data.chunks_exact(BLOCK_BYTES).enumerate() {
+            let place = first + index as u64;
+            let sequence = self.places[place as usize].sequence;
+            if let Err(why) = pattern::check(block, self.number(place), sequence) {
+                self.wrong(format_args!("{what}: {why}"));
+            }
+        }
+    }
+
+    fn wrong(&self, what: std::fmt::Arguments<'_>) {
+        self.faults
+            .count(Fault::Wrong, format_args!("channel {}: {what}", self.channel));
+    }
+
+    /// A request that has waited so long is lost.
+    fn has_lost_one(&self) -> bool {
+        let is_old = |request: &Request| request.sent.elapsed() > PATIENCE;
+        let Some((id, request)) = self.under_way.iter().find(|(_, request)| is_old(request)) else {
+            return false;
+        };
+        self.faults.count(
+            Fault::Lost,
+            format_args!(
+                "channel {}: request {id} ({:?}) has no completion after {PATIENCE:?}; {} more are under way",
+                self.channel,
+                request.work,
+                self.under_way.len() - 1
+            ),
+        );
+        true
+    }
+
+    /// Every place, in the file and through the disk.
+    fn look_at_all(&mut self) -> Result<()> {
+        if !self.under_way.is_empty() {
+            // Lost, and counted as such.
+            return Ok(());
+        }
+        for first in (0..PLACES).step_by(MOST_BLOCKS as usize) {
+            self.look_at_file(first, MOST_BLOCKS, "the end")?;
+            let command = Command::read(
+                0,
+                self.offset(first),
+                self.pages,
+                MOST_BLOCKS as u32 * BLOCK_BYTES as u32,
+            );
+            let reply = self.initiator.execute(&command, Instant::now() + PATIENCE)?;
+            if !reply.is_good(MOST_BLOCKS as u32 * BLOCK_BYTES as u32) {
+                self.wrong(format_args!(
+                    "the last look at place {first} is answered with {reply:?}"
+                ));
+            }
+            let mut data = vec![0; MOST_BLOCKS as usize * BLOCK_BYTES];
+            self.ram.read(self.pages, &mut data)?;
+            self.check(first, &data, "the last read");
+        }
+        Ok(())
+    }
+
+    fn span(&mut self, first: u64, blocks: u64) -> &mut [Place] {
+        &mut self.places[first as usize..(first + blocks) as usize]
+    }
+
+    fn release(&mut self, first: u64, blocks: u64) {
+        self.span(first, blocks)
+            .iter_mut()
+            .for_each(|place| place.busy = false);
+    }
+
+    /// A place's number among those of all channels.
+    fn number(&self, place: u64) -> u64 {
+        self.channel as u64 * PLACES + place
+    }
+
+    fn offset(&self, place: u64) -> u64 {
+        self.number(place) * BLOCK_BYTES as u64
+    }
+}

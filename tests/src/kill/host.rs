@@ -1,0 +1,124 @@
+//! The harness as `bulkhead-vcpu`: what the supervisor says, and which server the guest has.
+
+#![forbid(unsafe_code)]
+
+use super::PATIENCE;
+use super::faults::{Fault, Faults};
+use super::played::{receive, wait_readable};
+use super::timeline::Timeline;
+use anyhow::{Context, Result, bail};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use vmbus::ipc::{ExitCause, Message, ServerToVcpu, Socket, SupervisorToVcpu, VcpuToSupervisor};
+use vmbus::vsc::{GuestOptions, SyntheticGuest, VscError};
+
+/// How often the server's socket and the wish to stop are looked at. Nothing waits for it but the end.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Plays `bulkhead-vcpu` for a VM with one device.
+pub struct Host<'a> {
+    supervisor: Socket,
+    timeline: &'a Timeline,
+    /// Memory and channels.
+    pub guest: SyntheticGuest,
+    /// Of the server that was attached last.
+    generation: u32,
+}
+
+impl<'a> Host<'a> {
+    /// Goes from the supervisor's `Start`, which [`super::played`] has read, to `Run`.
+    pub fn start(supervisor: Socket, options: GuestOptions, timeline: &'a Timeline) -> Result<Self> {
+        let mut this = Self {
+            supervisor,
+            timeline,
+            guest: SyntheticGuest::new(options)?,
+            generation: 0,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let ready = VcpuToSupervisor::Ready {
+            report: r#"{"program":"played"}"#.to_owned(),
+        };
+        this.supervisor.send(&ready, &[])?;
+        loop {
+            let (message, fds) = receive::<SupervisorToVcpu>(&mut this.supervisor, deadline)?;
+            if matches!(message, SupervisorToVcpu::Run) {
+                this.supervisor.send(&VcpuToSupervisor::Started, &[])?;
+                return Ok(this);
+            }
+            this.on_message(message, fds)?;
+        }
+    }
+
+    /// Serves until `stop` is set. A fault of the server's is counted.
+    pub fn serve(&mut self, stop: &AtomicBool, faults: &Faults) -> Result<()> {
+        // Ordering: a flag; what it says needs nothing else to be seen.
+        while !stop.load(Ordering::Relaxed) {
+            wait_readable(&self.supervisor, Some(Instant::now() + LOOK))?;
+            while let Some((message, fds)) = self.supervisor.recv::<SupervisorToVcpu>()? {
+                self.on_message(message, fds)?;
+            }
+            // A server that is dead says nothing more; that it is, the supervisor says.
+            while let Ok(Some(message)) = self.guest.next_message() {
+                if let ServerToVcpu::ChannelBroken { channel, why, .. } = message {
+                    faults.count(Fault::Wrong, format_args!("channel {channel} is broken: {why}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest has switched itself off.
+    pub fn power_off(mut self) -> Result<()> {
+        for message in [
+            VcpuToSupervisor::GuestPowerOff,
+            VcpuToSupervisor::Exited {
+                cause: ExitCause::PowerOff,
+            },
+        ] {
+            self.supervisor.send(&message, &[])?;
+        }
+        Ok(())
+    }
+
+    fn on_message(&mut self, message: SupervisorToVcpu, mut fds: Vec<OwnedFd>) -> Result<()> {
+        match message {
+            SupervisorToVcpu::AddDevice { device: 0, .. } => {
+                self.generation = 1;
+                let link = fds.pop().context("no socket to a server")?;
+                self.attach(link)
+            }
+            SupervisorToVcpu::ServerAttached {
+                device: 0,
+                generation,
+            } => {
+                self.generation = generation;
+                self.timeline.phase(1);
+                let link = fds.pop().context("no socket to a server")?;
+                self.attach(link)
+            }
+            SupervisorToVcpu::ServerGone { device: 0, .. } => {
+                self.timeline.phase(0);
+                self.guest.server_gone();
+                Ok(())
+            }
+            other => bail!("the supervisor says {} to a VM with one device", other.name()),
+        }
+    }
+
+    fn attach(&mut self, link: OwnedFd) -> Result<()> {
+        match self.guest.attach(link, Instant::now() + PATIENCE) {
+            Ok(generation) if generation == self.generation => {
+                self.timeline.phase(2);
+                Ok(())
+            }
+            Ok(generation) => bail!("server {generation} says hello instead of {}", self.generation),
+            // It was killed before it could say hello, or before it was told all.
+            Err(VscError::Server(_) | VscError::Send(_)) => {
+                self.guest.server_gone();
+                Ok(())
+            }
+            Err(error) => Err(error).context("a server cannot be attached"),
+        }
+    }
+}

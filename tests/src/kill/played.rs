@@ -1,0 +1,103 @@
+//! What stands in for `bulkhead-vcpu`: a child of the supervisor that hands its control socket to the harness.
+//!
+//! The console's output is a socket to the harness, because the harness made it the supervisor's standard output.
+//! So the harness itself answers the supervisor, with one clock for kills and completions, and this process only lives
+//! as long as the harness wants the VM to live, or as long as the harness lives.
+
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, pidfd_open};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use vmbus::ipc::server_start::NamedFds;
+use vmbus::ipc::{Message, Socket, SupervisorToVcpu};
+
+/// The name under which xtask plays this part.
+pub const NAME: &str = "bulkhead-vcpu";
+
+/// The one message to the harness. Comes with the control socket.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Handover {
+    /// Of a kind that a decoder can tell from nothing at all.
+    mark: u32,
+}
+
+impl Message for Handover {
+    fn name(&self) -> &'static str {
+        "Handover"
+    }
+
+    fn descriptor_count(&self) -> usize {
+        1
+    }
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    match play() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("played bulkhead-vcpu: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn play() -> Result<()> {
+    let mut control = Socket::new(sandbox::inherited_control_fd()?);
+    let deadline = Instant::now() + super::PATIENCE;
+    let (message, fds) = receive(&mut control, deadline)?;
+    let SupervisorToVcpu::Start { fds: names, .. } = message else {
+        bail!("the supervisor begins with {}", message.name());
+    };
+    let mut line = Socket::new(NamedFds::new(names, fds)?.take("console-out")?);
+    line.send(&Handover { mark: 1 }, &[control.as_fd()])?;
+    drop(control);
+    // The harness never says anything: its end is what there is to hear.
+    wait_readable(&line, None)?;
+    Ok(())
+}
+
+/// The next message, before the deadline.
+pub(super) fn receive<M: Message>(socket: &mut Socket, deadline: Instant) -> Result<(M, Vec<OwnedFd>)> {
+    loop {
+        if let Some(received) = socket.recv::<M>()? {
+            return Ok(received);
+        }
+        if !wait_readable(socket, Some(deadline))? {
+            bail!("nothing was heard in time");
+        }
+    }
+}
+
+/// Waits until `fd` is readable or at its end. `false`: the deadline has passed.
+pub(super) fn wait_readable(fd: &impl AsFd, deadline: Option<Instant>) -> Result<bool> {
+    loop {
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Waits for the end of a process of ours that is not reaped yet. `false`: the deadline has passed.
+pub(super) fn wait_end(pid: Pid, deadline: Instant) -> Result<bool> {
+    let pid = rustix::process::Pid::from_raw(pid.as_raw()).context("no process has that number")?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("cannot watch a process")?;
+    wait_readable(&pidfd, Some(deadline))
+}

@@ -1,0 +1,346 @@
+//! When servers were killed, and how long the guest's requests took because of it.
+//!
+//! For every kill (the moment just before the signal is sent):
+//! - *stall*: the longest time from sending a request to its completion, of all requests that were under way at the
+//!   kill. What a program in the guest would see at worst.
+//! - *silence*: the longest time in which no request at all was completed, from the kill until all those are.
+//! - *phases*: when `bulkhead-vcpu` heard that the dead server is gone (the supervisor has noticed, and its I/O is over),
+//!   that its successor is started, and when that one said hello; after that it replays.
+//!
+//! A kill that comes before all requests that were under way at the one before are completed is *chained*: its stall
+//! is that of two deaths or more. Chained kills are counted, checked and shown, but not part of the percentiles.
+
+#![forbid(unsafe_code)]
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// One request's life.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    /// Before it was made visible to the server.
+    pub sent: Instant,
+    /// After its completion was read.
+    pub done: Instant,
+}
+
+#[derive(Debug)]
+struct Kill {
+    at: Instant,
+    under_way: usize,
+    stall: Duration,
+    silence: Duration,
+    phases: [Option<Duration>; PHASES.len()],
+    chained: bool,
+}
+
+/// See the module.
+pub const PHASES: [&str; 3] = ["gone", "successor started", "successor says hello"];
+
+#[derive(Debug, Default)]
+struct State {
+    kills: Vec<Kill>,
+    /// Of each channel: when its oldest request under way was sent, and how many are under way.
+    oldest: Vec<(Option<Instant>, usize)>,
+    completed: u64,
+    last_completion: Option<Instant>,
+    /// Requests that saw no kill.
+    calm: Vec<Duration>,
+}
+
+impl State {
+    fn note_completion(&mut self, done: Instant) {
+        let over = self.is_over();
+        let last = self.last_completion.replace(done);
+        if let Some(kill) = self.kills.last_mut()
+            && (!over || kill.silence == Duration::ZERO)
+        {
+            let from = last.map_or(kill.at, |last| last.max(kill.at));
+            kill.silence = kill.silence.max(done.saturating_duration_since(from));
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let Some(last) = self.kills.last() else {
+            return true;
+        };
+        self.oldest
+            .iter()
+            .all(|(oldest, _)| oldest.is_none_or(|sent| sent > last.at))
+    }
+}
+
+/// Shared by whoever sends requests and whoever kills.
+#[derive(Debug, Default)]
+pub struct Timeline {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the kills did, all times ascending.
+#[derive(Clone, Debug, Default)]
+pub struct Stalls {
+    /// Of kills alone.
+    pub stalls: Vec<Duration>,
+    /// Of kills alone.
+    pub silences: Vec<Duration>,
+    /// Of kills alone: from the kill to each of [`PHASES`].
+    pub phases: [Vec<Duration>; PHASES.len()],
+    /// Of chained kills.
+    pub chained: Vec<Duration>,
+    /// Requests under way at each kill.
+    pub under_way: Vec<usize>,
+    /// A sample of requests that saw no kill.
+    pub calm: Vec<Duration>,
+    /// Requests completed in all.
+    pub completed: u64,
+}
+
+/// Limit: a sample is enough for the percentiles of undisturbed requests.
+const CALM_SAMPLES: usize = 1 << 16;
+
+impl Timeline {
+    /// For so many channels.
+    pub fn new(channels: usize) -> Self {
+        let state = State {
+            oldest: vec![(None, 0); channels],
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Nothing that could panic is done under the lock.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Requests of a channel were completed, or sent.
+    pub fn report(&self, channel: usize, lives: &[Life], oldest: Option<Instant>, under_way: usize) {
+        let mut state = self.lock();
+        state.completed += lives.len() as u64;
+        if let Some(life) = lives.last() {
+            state.note_completion(life.done);
+        }
+        state.oldest[channel] = (oldest, under_way);
+        for life in lives {
+            let took = life.done.saturating_duration_since(life.sent);
+            let mut saw_one = false;
+            for kill in state.kills.iter_mut().rev() {
+                if kill.at < life.sent {
+                    break;
+                }
+                if kill.at < life.done {
+                    saw_one = true;
+                    kill.stall = kill.stall.max(took);
+                }
+            }
+            if !saw_one && state.calm.len() < CALM_SAMPLES {
+                state.calm.push(took);
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// A server is killed now.
+    pub fn kill(&self) {
+        let mut state = self.lock();
+        let chained = !state.is_over();
+        if chained && let Some(last) = state.kills.last_mut() {
+            last.chained = true;
+        }
+        let under_way = state.oldest.iter().map(|(_, under_way)| under_way).sum();
+        state.kills.push(Kill {
+            at: Instant::now(),
+            under_way,
+            stall: Duration::ZERO,
+            silence: Duration::ZERO,
+            phases: [None; PHASES.len()],
+            chained,
+        });
+    }
+
+    /// One of [`PHASES`] was heard of.
+    pub fn phase(&self, phase: usize) {
+        let now = Instant::now();
+        if let Some(kill) = self.lock().kills.last_mut() {
+            kill.phases[phase].get_or_insert(now.saturating_duration_since(kill.at));
+        }
+    }
+
+    /// The signal did not reach anybody.
+    pub fn take_back(&self) {
+        self.lock().kills.pop();
+    }
+
+    /// Kills so far.
+    pub fn kills(&self) -> usize {
+        self.lock().kills.len()
+    }
+
+    /// Waits until everything that was under way at the last kill is completed and `completions` more are.
+    /// `false`: not before the deadline.
+    pub fn wait_over(&self, completions: u64, deadline: Instant) -> bool {
+        let mut wanted = None;
+        let mut state = self.lock();
+        loop {
+            if state.is_over() {
+                let completed = state.completed;
+                if completed >= *wanted.get_or_insert(completed + completions) {
+                    return true;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
+    }
+
+    /// What there is to say in the end.
+    pub fn stalls(&self) -> Stalls {
+        let state = self.lock();
+        let mut stalls = Stalls {
+            calm: state.calm.clone(),
+            completed: state.completed,
+            ..Stalls::default()
+        };
+        for kill in &state.kills {
+            stalls.under_way.push(kill.under_way);
+            if kill.chained {
+                stalls.chained.push(kill.stall);
+            } else {
+                stalls.stalls.push(kill.stall);
+                stalls.silences.push(kill.silence);
+                for (times, phase) in stalls.phases.iter_mut().zip(kill.phases) {
+                    times.extend(phase);
+                }
+            }
+        }
+        stalls.calm.sort();
+        stalls.stalls.sort();
+        stalls.silences.sort();
+        stalls.phases.iter_mut().for_each(|times| times.sort());
+        stalls.chained.sort();
+        stalls.under_way.sort_unstable();
+        stalls
+    }
+}
+
+/// The value below which so many of a thousand lie: `sorted` ascending, nearest rank. Zero for none.
+pub fn quantile(sorted: &[Duration], of_thousand: usize) -> Duration {
+    let rank = (sorted.len() * of_thousand).div_ceil(1000).max(1);
+    sorted.get(rank - 1).copied().unwrap_or_default()
+}
+
+/// Upper edges of the histogram's bars, microseconds.
+const EDGES_US: [u64; 17] = [
+    100, 200, 500, 1000, 2000, 3000, 5000, 7000, 10_000, 15_000, 20_000, 30_000, 50_000, 100_000, 200_000,
+    500_000, 1_000_000,
+];
+
+/// Lines of a histogram, from the first bar that is not empty to the last one.
+pub fn histogram(sorted: &[Duration]) -> Vec<String> {
+    let mut counts = [0usize; EDGES_US.len() + 1];
+    for time in sorted {
+        let us = time.as_micros() as u64;
+        let bar = EDGES_US.iter().position(|&edge| us <= edge);
+        counts[bar.unwrap_or(EDGES_US.len())] += 1;
+    }
+    let most = counts.iter().copied().max().unwrap_or(0).max(1);
+    let first = counts.iter().position(|&count| count > 0).unwrap_or(0);
+    let last = counts.iter().rposition(|&count| count > 0).unwrap_or(0);
+    let line = |bar: usize| {
+        let count = counts[bar];
+        let edge = match EDGES_US.get(bar) {
+            Some(edge) => format!("<= {:>7.1} ms", *edge as f64 / 1000.0),
+            None => format!(" > {:>7.1} ms", EDGES_US[EDGES_US.len() - 1] as f64 / 1000.0),
+        };
+        format!("  {edge} {count:>7} {}", "#".repeat((count * 50).div_ceil(most)))
+    };
+    if sorted.is_empty() {
+        return Vec::new();
+    }
+    (first..=last).map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_stall_is_the_longest_request_under_way_at_the_kill() {
+        let timeline = Timeline::new(1);
+        let before = Instant::now();
+        timeline.report(0, &[], Some(before), 2);
+        timeline.kill();
+        let kill = Instant::now();
+        let lives = [
+            Life {
+                sent: before,
+                done: kill + 20 * MS,
+            },
+            Life {
+                sent: before,
+                done: kill + 10 * MS,
+            },
+            // Sent later: not part of it.
+            Life {
+                sent: kill + MS,
+                done: kill + 90 * MS,
+            },
+        ];
+        timeline.report(0, &lives, None, 0);
+        let stalls = timeline.stalls();
+        assert_eq!(stalls.stalls, [kill + 20 * MS - before]);
+        // The last one of a report stands for all of it.
+        assert!((89 * MS..92 * MS).contains(&stalls.silences[0]));
+        assert_eq!((stalls.under_way[0], stalls.calm.len()), (2, 1));
+    }
+
+    #[test]
+    fn kills_before_the_last_one_is_over_do_not_count_for_the_percentiles() {
+        let timeline = Timeline::new(1);
+        let before = Instant::now();
+        timeline.report(0, &[], Some(before), 1);
+        timeline.kill();
+        timeline.kill();
+        assert!(!timeline.wait_over(0, Instant::now()));
+        let done = Instant::now();
+        timeline.report(0, &[Life { sent: before, done }], None, 0);
+        assert!(timeline.wait_over(0, Instant::now()));
+        let stalls = timeline.stalls();
+        assert_eq!((stalls.stalls.len(), stalls.chained.len()), (0, 2));
+    }
+
+    #[test]
+    fn quantiles_are_values_that_were_seen() {
+        let times: Vec<Duration> = (1..=200).map(|ms| ms * MS).collect();
+        assert_eq!(quantile(&times, 500), 100 * MS);
+        assert_eq!(quantile(&times, 990), 198 * MS);
+        assert_eq!(quantile(&times, 1000), 200 * MS);
+        assert_eq!(quantile(&[], 990), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_histogram_has_every_value_once() {
+        let times = [MS, 4 * MS, 4 * MS, 2000 * MS];
+        let lines = histogram(&times);
+        assert!(lines[0].contains("<=     1.0 ms       1"), "{}", lines[0]);
+        assert!(lines[lines.len() - 1].contains(" >  1000.0 ms       1"));
+        let counts: usize = lines
+            .iter()
+            .filter_map(|line| line.split_whitespace().nth(3)?.parse::<usize>().ok())
+            .sum();
+        assert_eq!(counts, 4);
+    }
+}

@@ -1,0 +1,221 @@
+//! A VM of the real supervisor and real servers, and how it ends whatever happens.
+//!
+//! Its `bulkhead-vcpu` is [`super::played`]. That process ends when the harness closes its line or ends itself, however
+//! it ends; the supervisor takes that for the end of the VM and ends the servers.
+
+#![forbid(unsafe_code)]
+
+use super::PATIENCE;
+use super::played::{self, Handover, receive};
+use anyhow::{Context, Result, bail, ensure};
+use nix::unistd::Pid as NixPid;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use vmbus::ipc::Socket;
+use vmm_core::supervisor::control::{Reply, Request, connect_to};
+
+/// Limit: what the supervisor may take to end a VM; it allows its children three seconds twice.
+const END: Duration = Duration::from_secs(15);
+
+/// A running VM.
+pub struct Vm {
+    supervisor: Child,
+    /// The played `bulkhead-vcpu` lives until this is closed. `None`: it is.
+    line: Option<Socket>,
+    control: Socket,
+    folder: TempDir,
+}
+
+impl Vm {
+    /// Starts the VM; also returns the socket on which the supervisor expects `bulkhead-vcpu`.
+    ///
+    /// * `programs`: where `bulkhead`, the servers and `xtask` are;
+    /// * `flags`: what `bulkhead run` is told besides.
+    pub fn start(programs: &Path, flags: &[String]) -> Result<(Self, Socket)> {
+        let programs = &programs
+            .canonicalize()
+            .with_context(|| format!("there is no folder {}", programs.display()))?;
+        let folder = tempfile::Builder::new().prefix("bulkhead-kill-").tempdir()?;
+        let parts = folder.path().join("programs");
+        std::fs::create_dir(&parts)?;
+        for (name, target) in [
+            ("bulkhead-block", "bulkhead-block"),
+            ("bulkhead-net", "bulkhead-net"),
+            (played::NAME, "xtask"),
+        ] {
+            let target = programs.join(target);
+            ensure!(target.exists(), "there is no {}: build it", target.display());
+            symlink(target, parts.join(name))?;
+        }
+        // The supervisor wants one; nobody boots it.
+        let kernel = folder.path().join("kernel");
+        std::fs::write(&kernel, "played")?;
+        let (line, stdout) = vmbus::ipc::pair()?;
+        let mut command = Command::new(programs.join("bulkhead"));
+        command.args(["run", "--name", NAME, "--restart", "always"]);
+        command.arg("--kernel").arg(&kernel);
+        command.arg("--programs").arg(&parts);
+        command.arg("--run-folder").arg(folder.path().join("run"));
+        command.args(flags);
+        let supervisor = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::from(stdout))
+            .stderr(File::create(log_of(&folder))?)
+            .spawn()
+            .with_context(|| format!("cannot start {}", programs.join("bulkhead").display()))?;
+        // Of the descriptors of the other end only those of the children are left.
+        drop(command);
+        // From here on a failure ends what was started.
+        let mut starting = Starting {
+            supervisor: Some(supervisor),
+        };
+        let mut line = Socket::new(line);
+        let deadline = Instant::now() + PATIENCE;
+        let handed = receive::<Handover>(&mut line, deadline)
+            .with_context(|| format!("no VM was started: {}", last_lines(&log_of(&folder))))?;
+        let (_, mut fds) = handed;
+        let socket = fds.pop().context("no socket was handed over")?;
+        let path = folder.path().join("run").join(NAME).join("control");
+        let control = connect_to(&path)?.context("the supervisor does not listen")?;
+        let supervisor = starting.supervisor.take().context("started above")?;
+        let vm = Self {
+            supervisor,
+            line: Some(line),
+            control,
+            folder,
+        };
+        Ok((vm, Socket::new(socket)))
+    }
+
+    /// The process that serves `device` now; `None` while there is none.
+    pub fn server(&mut self, device: &str) -> Result<Option<Victim>> {
+        self.control.send(&Request::Status, &[])?;
+        let (reply, _) = receive::<Reply>(&mut self.control, Instant::now() + PATIENCE)?;
+        let Reply::Status { processes, .. } = reply else {
+            bail!("the supervisor answers {reply:?}");
+        };
+        let Some((_, pid)) = processes.into_iter().find(|(name, _)| name == device) else {
+            return Ok(None);
+        };
+        let Some(pid) = Pid::from_raw(pid) else {
+            return Ok(None);
+        };
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => Ok(Some(Victim { pidfd })),
+            // It has just ended, and its parent has looked after it.
+            Err(rustix::io::Errno::SRCH) => Ok(None),
+            Err(errno) => Err(errno).context("cannot watch a server"),
+        }
+    }
+
+    /// Lets the VM end, after its played vCPU process has said why; the supervisor's last lines if it was not content.
+    pub fn end(mut self) -> Result<()> {
+        self.line = None;
+        let deadline = Instant::now() + END;
+        let status = loop {
+            if let Some(status) = self.supervisor.try_wait()? {
+                break status;
+            }
+            ensure!(
+                played::wait_end(NixPid::from_raw(self.supervisor.id() as i32), deadline)?,
+                "the supervisor does not end"
+            );
+        };
+        ensure!(
+            status.success(),
+            "the supervisor ended with {status}: {}",
+            self.last_lines()
+        );
+        Ok(())
+    }
+
+    /// What the supervisor said last.
+    pub fn last_lines(&self) -> String {
+        last_lines(&log_of(&self.folder))
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.line = None;
+        end_child(&mut self.supervisor);
+    }
+}
+
+/// Ends a supervisor that did not come far enough to be a [`Vm`].
+struct Starting {
+    supervisor: Option<Child>,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(supervisor) = &mut self.supervisor {
+            end_child(supervisor);
+        }
+    }
+}
+
+/// A server's process, by its pidfd: the number may be another's by now, this is not.
+pub struct Victim {
+    pidfd: OwnedFd,
+}
+
+impl Victim {
+    /// Sends it a signal; whether it was there to get it.
+    pub fn signal(&self, signal: Signal) -> Result<bool> {
+        match pidfd_send_signal(&self.pidfd, signal) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::SRCH) => Ok(false),
+            Err(errno) => Err(errno).context("cannot kill a server"),
+        }
+    }
+}
+
+/// The VM's name, unique within its own folder.
+const NAME: &str = "kill";
+
+fn log_of(folder: &TempDir) -> PathBuf {
+    folder.path().join("log")
+}
+
+/// Asks politely, then kills. The servers end with their supervisor or with the played vCPU process.
+fn end_child(child: &mut Child) {
+    let pid = NixPid::from_raw(child.id() as i32);
+    for signal in [
+        nix::sys::signal::Signal::SIGTERM,
+        nix::sys::signal::Signal::SIGKILL,
+    ] {
+        if matches!(child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // Not reaped yet, so the number is still its own. One that has ended needs no signal.
+        nix::sys::signal::kill(pid, signal).ok();
+        played::wait_end(pid, Instant::now() + END).ok();
+    }
+    child.try_wait().ok();
+}
+
+fn last_lines(path: &Path) -> String {
+    let read = || -> std::io::Result<String> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(4000)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    };
+    match read() {
+        Ok(text) => {
+            let lines: Vec<&str> = text.lines().rev().take(12).collect();
+            lines.into_iter().rev().collect::<Vec<_>>().join("\n  | ")
+        }
+        Err(error) => format!("(its log cannot be read: {error})"),
+    }
+}

@@ -48,6 +48,9 @@ pub use crate::fault::{HostError, OutOfRange};
 pub use gpa::{Gpa, Gpn, LayoutFault, PAGE_BYTES, RamLayout, RamRegion};
 pub use paged::PagedArea;
 pub use ram::GuestRam;
+// The model checker has memory of its own (ring/memory.rs).
 pub use shared::{Access, SharedMap, sealed_memfd};
+#[cfg(not(loom))]
+pub(crate) use shared::{PieceWriter, full_fence};
 pub use spans::{GuestSpan, GuestSpans, MAX_PIECES};
 pub use uring::{Completion, Durability, File, OpId, Uring, UringError};

@@ -127,6 +127,21 @@ impl PagedArea {
         }
     }
 
+    /// The map, and where in it the `len` bytes at `offset` lie; `None` unless they lie there in one piece. For users who
+    /// look often and want to look up once.
+    pub(crate) fn in_one_piece(&self, offset: u64, len: u64) -> Option<(&Arc<SharedMap>, u64)> {
+        self.check(offset, len).ok()?;
+        let (place, mut known) = self.place_of(offset).ok()?;
+        while known < len {
+            let (next, more) = self.place_of(offset + known).ok()?;
+            if next != place + known {
+                return None;
+            }
+            known += more;
+        }
+        Some((&self.map, place))
+    }
+
     /// Calls `action(offset in the map, range of the access)` for each piece of `len` bytes at `offset`.
     #[inline]
     fn for_each_piece(

@@ -4,6 +4,7 @@ use super::{HostError, OutOfRange};
 use nix::errno::Errno;
 use std::arch::asm;
 use std::ffi::CString;
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -40,6 +41,25 @@ fn forget_shared_contents() {
     // SAFETY: an empty instruction sequence; without `nomem` the compiler must assume that it reads and writes all
     // memory whose address has escaped, which is the purpose.
     unsafe { asm!("", options(nostack, preserves_flags)) };
+}
+
+/// A full barrier: all stores before it are seen by all processors before anything after it is loaded.
+///
+/// A locked operation on this thread's own stack, as Linux' `smp_mb()` (6.1 arch/x86/include/asm/barrier.h): the same promise
+/// as `fence(SeqCst)` for the write-back memory that all maps are, and `mfence`, which that becomes, costs three times
+/// as much because it orders more kinds of memory than there are here.
+// The model checker has a fence of its own (ring/memory.rs).
+#[cfg(not(loom))]
+#[inline(always)]
+pub(crate) fn full_fence() {
+    // SAFETY: an "or" with zero leaves the word as it is, and the word lies on this thread's stack (in the red zone
+    // of System V x86-64, which nothing writes asynchronously). Without `nomem` it is a compiler barrier, too.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        asm!("lock or dword ptr [rsp - 8], 0", options(nostack))
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    std::sync::atomic::fence(Ordering::SeqCst);
 }
 
 impl SharedMap {
@@ -115,7 +135,7 @@ impl SharedMap {
     }
 
     /// The address of `len` bytes at `offset`, or an error if they are not all mapped.
-    #[inline]
+    #[inline(always)]
     fn address(&self, offset: u64, len: usize) -> Result<*mut u8, OutOfRange> {
         // `len` of the map fits in isize (mmap), so once the comparison holds nothing below can overflow.
         match offset.checked_add(len as u64) {
@@ -151,7 +171,7 @@ impl SharedMap {
     }
 
     /// Copies `out.len()` bytes at `offset` into private memory.
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), OutOfRange> {
         let from = self.address(offset, out.len())?;
         forget_shared_contents();
@@ -163,7 +183,7 @@ impl SharedMap {
     }
 
     /// Copies `data` from private memory to `offset`.
-    #[inline]
+    #[inline(always)]
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutOfRange> {
         self.assert_writable();
         let to = self.address(offset, data.len())?;
@@ -172,6 +192,20 @@ impl SharedMap {
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
         forget_shared_contents();
         Ok(())
+    }
+
+    /// Checks once that `len` bytes at `offset` are mapped, and writes them piece by piece: for small pieces, of which a check
+    /// each would cost more than the copy.
+    #[inline(always)]
+    pub(crate) fn write_pieces(&self, offset: u64, len: usize) -> Result<PieceWriter<'_>, OutOfRange> {
+        self.assert_writable();
+        let at = self.address(offset, len)?;
+        forget_shared_contents();
+        Ok(PieceWriter {
+            at,
+            left: len,
+            map: PhantomData,
+        })
     }
 
     /// Sets `len` bytes at `offset` to `value`.
@@ -307,6 +341,37 @@ impl SharedMap {
     pub fn swap_u64(&self, offset: u64, value: u64, ordering: Ordering) -> Result<u64, OutOfRange> {
         self.assert_writable();
         self.with_u64(offset, |word| u64::from_le(word.swap(value.to_le(), ordering)))
+    }
+}
+
+/// A stretch of a map that is being written from its start. See [`SharedMap::write_pieces`].
+pub(crate) struct PieceWriter<'map> {
+    /// Points to `left` mapped, writable bytes.
+    at: *mut u8,
+    left: usize,
+    map: PhantomData<&'map SharedMap>,
+}
+
+impl PieceWriter<'_> {
+    /// Writes `piece` behind what was written. To write more than was asked for is a mistake of ours.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, piece: &[u8]) {
+        assert!(piece.len() <= self.left, "more pieces than were announced");
+        #[cfg(test)]
+        super::crash_point::before_store();
+        // SAFETY: `at` has `left` mapped, writable bytes (checked by `write_pieces`, kept below), and the map lives
+        // longer than `self`; `piece` is private memory, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), self.at, piece.len()) };
+        // SAFETY: within the same mapping, or one past its end.
+        self.at = unsafe { self.at.add(piece.len()) };
+        self.left -= piece.len();
+    }
+}
+
+impl Drop for PieceWriter<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        forget_shared_contents();
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) enum Fence {
 #[inline]
 #[cfg(not(loom))]
 pub(super) fn full_fence(_place: Fence) {
-    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    crate::mem::full_fence();
 }
 
 #[cfg(loom)]
@@ -34,13 +34,20 @@ pub(super) use modelled::full_fence;
 
 #[cfg(not(loom))]
 mod mapped {
-    use crate::mem::PAGE_BYTES;
+    use crate::mem::{PAGE_BYTES, PieceWriter, SharedMap};
     use crate::ring::area::RingArea;
-    use crate::ring::{ControlWord, RingFault};
+    use crate::ring::{ControlWord, RingFault, advance};
+    use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
-    /// A ring in mapped memory.
+    /// A ring in mapped memory. Where its parts lie is looked up once: a packet that lies in one piece costs one
+    /// bounds check and one copy for each of its parts.
     pub(in crate::ring) struct RingMemory {
+        map: Arc<SharedMap>,
+        /// Offset in the map of the control page.
+        words: u64,
+        /// Offset in the map of the data area, if that lies there in one piece.
+        data: Option<u64>,
         ring: RingArea,
         #[cfg(test)]
         adversary: Adversary,
@@ -61,10 +68,20 @@ mod mapped {
 
     impl RingMemory {
         pub(in crate::ring) fn new(ring: RingArea) -> Result<Self, RingFault> {
+            let fault = RingFault::RingSize {
+                area_bytes: ring.area.len(),
+                downstream_page_offset: 0,
+            };
+            // Not in one piece only if the area does not begin on a page: no ring of a guest.
+            let (map, words) = ring.area.in_one_piece(0, PAGE_BYTES).ok_or(fault)?;
+            let data = ring.area.in_one_piece(PAGE_BYTES, u64::from(ring.data_bytes));
             Ok(Self {
-                ring,
+                map: map.clone(),
+                words,
+                data: data.map(|(_, offset)| offset),
                 #[cfg(test)]
                 adversary: Adversary::default(),
+                ring,
             })
         }
 
@@ -73,7 +90,7 @@ mod mapped {
             *self.adversary.borrow_mut() = Some(adversary);
         }
 
-        #[inline]
+        #[inline(always)]
         fn before_access(&self) {
             #[cfg(test)]
             if let Some(adversary) = self.adversary.borrow_mut().as_mut() {
@@ -89,46 +106,90 @@ mod mapped {
         #[inline]
         pub(in crate::ring) fn load(&self, word: ControlWord, ordering: Ordering) -> u32 {
             self.before_access();
-            self.ring.area.load_u32(word as u64, ordering).expect(CHECKED)
+            self.map
+                .load_u32(self.words + word as u64, ordering)
+                .expect(CHECKED)
         }
 
         #[inline]
         pub(in crate::ring) fn store(&self, word: ControlWord, value: u32, ordering: Ordering) {
             self.before_access();
-            self.ring
-                .area
-                .store_u32(word as u64, value, ordering)
+            self.map
+                .store_u32(self.words + word as u64, value, ordering)
                 .expect(CHECKED);
         }
 
-        /// Copies out from `index` on, around the end if need be. `out` is at most as long as the data area.
-        #[inline]
-        pub(in crate::ring) fn read(&self, index: u32, out: &mut [u8]) {
-            self.before_access();
-            let until_end = (self.ring.data_bytes - index) as usize;
-            let at = PAGE_BYTES + u64::from(index);
-            if out.len() <= until_end {
-                self.ring.area.read(at, out).expect(CHECKED);
-            } else {
-                let (first, second) = out.split_at_mut(until_end);
-                self.ring.area.read(at, first).expect(CHECKED);
-                self.before_access();
-                self.ring.area.read(PAGE_BYTES, second).expect(CHECKED);
+        /// Offset in the map of `len` bytes at `index`, unless they wrap or the data area is scattered.
+        #[inline(always)]
+        fn straight(&self, index: u32, len: usize) -> Option<u64> {
+            match self.data {
+                Some(data) if len <= (self.ring.data_bytes - index) as usize => Some(data + u64::from(index)),
+                _ => None,
             }
         }
 
-        /// Copies in from `index` on, around the end if need be. `data` is at most as long as the data area.
-        #[inline]
-        pub(in crate::ring) fn write(&self, index: u32, data: &[u8]) {
+        /// Copies out from `index` on, around the end if need be. `out` is at most as long as the data area.
+        #[inline(always)]
+        pub(in crate::ring) fn read(&self, index: u32, out: &mut [u8]) {
             self.before_access();
-            let until_end = (self.ring.data_bytes - index) as usize;
-            let at = PAGE_BYTES + u64::from(index);
-            if data.len() <= until_end {
-                self.ring.area.write(at, data).expect(CHECKED);
-            } else {
-                let (first, second) = data.split_at(until_end);
-                self.ring.area.write(at, first).expect(CHECKED);
-                self.ring.area.write(PAGE_BYTES, second).expect(CHECKED);
+            match self.straight(index, out.len()) {
+                Some(offset) => self.map.read(offset, out).expect(CHECKED),
+                None => self.read_around(index, out),
+            }
+        }
+
+        #[inline(never)]
+        fn read_around(&self, index: u32, out: &mut [u8]) {
+            let until_end = out.len().min((self.ring.data_bytes - index) as usize);
+            let (first, second) = out.split_at_mut(until_end);
+            self.ring
+                .area
+                .read(PAGE_BYTES + u64::from(index), first)
+                .expect(CHECKED);
+            self.before_access();
+            self.ring.area.read(PAGE_BYTES, second).expect(CHECKED);
+        }
+
+        /// Where `len` bytes shall be written from `index` on, part by part. `len` is below the data size.
+        #[inline(always)]
+        pub(in crate::ring) fn place(&self, index: u32, len: usize) -> Place<'_> {
+            self.before_access();
+            match self.straight(index, len) {
+                Some(offset) => Place::Straight(self.map.write_pieces(offset, len).expect(CHECKED)),
+                None => Place::Around { memory: self, index },
+            }
+        }
+
+        #[inline(never)]
+        fn write_around(&self, index: u32, data: &[u8]) {
+            let until_end = data.len().min((self.ring.data_bytes - index) as usize);
+            let (first, second) = data.split_at(until_end);
+            self.ring
+                .area
+                .write(PAGE_BYTES + u64::from(index), first)
+                .expect(CHECKED);
+            self.ring.area.write(PAGE_BYTES, second).expect(CHECKED);
+        }
+    }
+
+    /// A packet being written.
+    pub(in crate::ring) enum Place<'ring> {
+        /// In one piece of the map.
+        Straight(PieceWriter<'ring>),
+        /// Around the end, or over scattered pages.
+        Around { memory: &'ring RingMemory, index: u32 },
+    }
+
+    impl Place<'_> {
+        /// Writes the next part.
+        #[inline(always)]
+        pub(in crate::ring) fn put(&mut self, part: &[u8]) {
+            match self {
+                Place::Straight(pieces) => pieces.put(part),
+                Place::Around { memory, index } => {
+                    memory.write_around(*index, part);
+                    *index = advance(*index, part.len() as u32, memory.ring.data_bytes);
+                }
             }
         }
     }
@@ -197,11 +258,27 @@ mod modelled {
             }
         }
 
-        pub(in crate::ring) fn write(&self, index: u32, data: &[u8]) {
-            for (offset, chunk) in data.chunks_exact(8).enumerate() {
-                let word = (index as usize / 8 + offset) % self.data.len();
+        pub(in crate::ring) fn place(&self, index: u32, _len: usize) -> Place<'_> {
+            Place {
+                memory: self,
+                word: index as usize / 8,
+            }
+        }
+    }
+
+    /// A packet being written: multiples of eight bytes.
+    pub(in crate::ring) struct Place<'ring> {
+        memory: &'ring RingMemory,
+        word: usize,
+    }
+
+    impl Place<'_> {
+        pub(in crate::ring) fn put(&mut self, part: &[u8]) {
+            for chunk in part.chunks_exact(8) {
                 let value = chunk.try_into().expect("eight bytes");
-                self.data[word].store(u64::from_le_bytes(value), Ordering::Relaxed);
+                let data = &self.memory.data;
+                data[self.word % data.len()].store(u64::from_le_bytes(value), Ordering::Relaxed);
+                self.word += 1;
             }
         }
     }

@@ -109,8 +109,7 @@ fn free_bytes(read: u32, write: u32, data_bytes: u32) -> u32 {
 /// An index moved on by `bytes`, which is at most the data size.
 #[inline]
 fn advance(index: u32, bytes: u32, data_bytes: u32) -> u32 {
-    // Indexes are below 2^32 - 4096 (ring sizes are checked), hence computed in 64 bits, not wrapped.
-    let sum = u64::from(index) + u64::from(bytes);
-    let size = u64::from(data_bytes);
-    (if sum >= size { sum - size } else { sum }) as u32
+    // Both are at most 32 MiB (area.rs): the sum does not wrap.
+    let sum = index.wrapping_add(bytes);
+    if sum >= data_bytes { sum - data_bytes } else { sum }
 }

@@ -8,7 +8,8 @@ use crate::wire::{DESCRIPTOR_BYTES, Packet, PacketDescriptor, TRAILER_BYTES};
 use std::sync::atomic::Ordering;
 use zerocopy::FromBytes;
 
-/// Private memory for one packet, re-used for the next. Grows to the longest packet seen; the ring's size bounds that.
+/// Private memory for one packet without its descriptor, re-used for the next. Grows to the longest packet seen; the
+/// ring's size bounds that.
 #[derive(Debug, Default)]
 pub struct PacketBuf {
     bytes: Vec<u8>,
@@ -87,27 +88,25 @@ impl RingReader {
         if available == 0 {
             return Ok(None);
         }
-        let mut head = [0; DESCRIPTOR_BYTES];
         if available < (DESCRIPTOR_BYTES + TRAILER_BYTES) as u32 {
             return Err(RingFault::PacketBeyondWriteIndex {
                 packet_bytes: DESCRIPTOR_BYTES as u32,
                 available_bytes: available,
             });
         }
-        self.memory.read(self.staged, &mut head);
-        let packet_bytes = check_descriptor(&head, available)?;
-
         // The descriptor is not read a second time: the checked copy is what the packet is made of.
-        let bytes = buf.reserve(packet_bytes as usize);
-        bytes[..DESCRIPTOR_BYTES].copy_from_slice(&head);
-        let body_index = advance(self.staged, DESCRIPTOR_BYTES as u32, self.memory.data_bytes());
-        self.memory.read(body_index, &mut bytes[DESCRIPTOR_BYTES..]);
-        self.staged = advance(
-            self.staged,
-            packet_bytes + TRAILER_BYTES as u32,
-            self.memory.data_bytes(),
-        );
-        Ok(Some(Packet::parse(bytes).expect("the descriptor was checked")))
+        let mut head = [0; DESCRIPTOR_BYTES];
+        self.memory.read(self.staged, &mut head);
+        let descriptor = PacketDescriptor::read_from_bytes(&head).expect("sixteen bytes");
+        let packet_bytes = check_descriptor(&descriptor, available)?;
+        let size = self.memory.data_bytes();
+        let rest = buf.reserve(packet_bytes as usize - DESCRIPTOR_BYTES);
+        self.memory
+            .read(advance(self.staged, DESCRIPTOR_BYTES as u32, size), rest);
+        self.staged = advance(self.staged, packet_bytes + TRAILER_BYTES as u32, size);
+        Ok(Some(
+            Packet::from_parts(&descriptor, rest).expect("the descriptor was checked"),
+        ))
     }
 
     /// Reads the other side's write index once, and checks it.
@@ -195,8 +194,7 @@ impl RingReader {
 
 /// Checks the lengths in a descriptor; returns the packet's length in bytes.
 #[inline]
-fn check_descriptor(head: &[u8; DESCRIPTOR_BYTES], available: u32) -> Result<u32, RingFault> {
-    let descriptor = PacketDescriptor::read_from_bytes(head).expect("sixteen bytes");
+fn check_descriptor(descriptor: &PacketDescriptor, available: u32) -> Result<u32, RingFault> {
     let (offset8, length8) = (descriptor.offset8.get(), descriptor.length8.get());
     if usize::from(offset8) * 8 < DESCRIPTOR_BYTES || offset8 > length8 {
         return Err(RingFault::PacketHeaderLength { offset8, length8 });

@@ -6,7 +6,6 @@ use super::signal::{self, Signal};
 use super::{ControlWord, RingFault, advance, check_index, free_bytes};
 use crate::wire::{DESCRIPTOR_BYTES, OutPacket, TRAILER_BYTES};
 use std::sync::atomic::Ordering;
-use zerocopy::IntoBytes;
 
 /// Why a packet was not staged. Nothing has moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -108,8 +107,8 @@ impl RingWriter {
             packet_bytes,
             data_bytes: size,
         };
-        let descriptor = packet.descriptor().ok_or(too_big(usize::MAX))?;
-        let packet_bytes = u32::from(descriptor.length8.get()) * 8;
+        let ([first, second], lengths) = packet.encoded().ok_or(too_big(usize::MAX))?;
+        let packet_bytes = lengths.packet_bytes();
         let needed = packet_bytes + TRAILER_BYTES as u32;
         if needed >= size {
             return Err(too_big(packet_bytes as usize));
@@ -120,27 +119,22 @@ impl RingWriter {
                 return Err(StageError::Full);
             }
         }
-        let mut at = self.staged;
-        let mut put = |bytes: &[u8]| {
-            self.memory.write(at, bytes);
-            // Each part lies within `needed`, which is below the size.
-            at = advance(at, bytes.len() as u32, size);
-        };
-        put(descriptor.as_bytes());
+        // The parts are `needed` bytes together.
+        let mut place = self.memory.place(self.staged, needed as usize);
+        place.put(&first.to_le_bytes());
+        place.put(&second.to_le_bytes());
         if !packet.extra_header.is_empty() {
-            put(packet.extra_header);
+            place.put(packet.extra_header);
         }
-        let mut payload_bytes = 0;
         for part in packet.payload {
-            put(part);
-            payload_bytes += part.len();
+            place.put(part);
         }
-        // Padding and trailer in one write: up to seven zero bytes, a zero word, then where this packet began.
-        let mut tail = [0; 7 + TRAILER_BYTES];
-        let padding = payload_bytes.next_multiple_of(8) - payload_bytes;
-        tail[padding + 4..padding + TRAILER_BYTES].copy_from_slice(&self.staged.to_le_bytes());
-        put(&tail[..padding + TRAILER_BYTES]);
-        self.staged = at;
+        if lengths.padding_bytes != 0 {
+            place.put(&[0; 7][..lengths.padding_bytes]);
+        }
+        // A zero word, then where this packet began.
+        place.put(&(u64::from(self.staged) << 32).to_le_bytes());
+        self.staged = advance(self.staged, needed, size);
         Ok(())
     }
 

@@ -34,6 +34,9 @@ pub struct PacketDescriptor {
 }
 const _: () = assert!(size_of::<PacketDescriptor>() == DESCRIPTOR_BYTES);
 
+/// Limit: what 16 bits of 8-byte units can say.
+const MAX_PACKET_BYTES: usize = 0xFFFF * 8;
+
 /// Bit 0 of the descriptor's flags: `VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED`.
 const COMPLETION_REQUESTED: u16 = 1;
 
@@ -95,19 +98,26 @@ impl<'a> Packet<'a> {
     /// Cuts `length8 * 8` private bytes; `None` if the descriptor's lengths do not hold within them. (The ring reader
     /// has checked them and blames the peer with more detail.)
     pub fn parse(bytes: &'a [u8]) -> Option<Packet<'a>> {
-        let (descriptor, _) = PacketDescriptor::read_from_prefix(bytes).ok()?;
-        let header_bytes = usize::from(descriptor.offset8.get()) * 8;
+        let (descriptor, rest) = PacketDescriptor::read_from_prefix(bytes).ok()?;
         let packet_bytes = usize::from(descriptor.length8.get()) * 8;
-        if header_bytes < DESCRIPTOR_BYTES || header_bytes > packet_bytes {
-            return None;
-        }
-        let packet = bytes.get(..packet_bytes)?;
+        Self::from_parts(
+            &descriptor,
+            rest.get(..packet_bytes.checked_sub(DESCRIPTOR_BYTES)?)?,
+        )
+    }
+
+    /// A packet from a descriptor and what follows it up to `length8 * 8`; `None` if the header is shorter than the descriptor
+    /// or longer than the packet.
+    #[inline]
+    pub(crate) fn from_parts(descriptor: &PacketDescriptor, rest: &'a [u8]) -> Option<Packet<'a>> {
+        let extra_bytes = (usize::from(descriptor.offset8.get()) * 8).checked_sub(DESCRIPTOR_BYTES)?;
+        let (extra_header, payload) = rest.split_at_checked(extra_bytes)?;
         Some(Packet {
             kind: PacketKind(descriptor.packet_type.get()),
             transaction_id: descriptor.transaction_id.get(),
             completion_requested: descriptor.flags.get() & COMPLETION_REQUESTED != 0,
-            extra_header: &packet[DESCRIPTOR_BYTES..header_bytes],
-            payload: &packet[header_bytes..],
+            extra_header,
+            payload,
         })
     }
 
@@ -254,29 +264,81 @@ impl<'a> OutPacket<'a> {
             .try_fold(0usize, |sum, part| sum.checked_add(part.len()))
     }
 
-    /// The descriptor; `None` if a length does not fit in its 16 bits. `extra_header` must be a multiple of 8 long.
-    pub fn descriptor(&self) -> Option<PacketDescriptor> {
+    /// The three lengths; `None` if the packet is longer than 16 bits of 8-byte units can say.
+    #[inline]
+    fn lengths(&self) -> Option<Lengths> {
         assert!(
             self.extra_header.len().is_multiple_of(8),
             "type-specific header of {} bytes",
             self.extra_header.len()
         );
-        let header_bytes = self.extra_header.len().checked_add(DESCRIPTOR_BYTES)?;
-        let packet_bytes = header_bytes
-            .checked_add(self.payload_bytes()?)?
-            .checked_next_multiple_of(8)?;
+        let payload = self
+            .payload
+            .iter()
+            .fold(0usize, |sum, part| sum.saturating_add(part.len()));
+        let header = self.extra_header.len().saturating_add(DESCRIPTOR_BYTES);
+        let unpadded = header.saturating_add(payload);
+        if unpadded > MAX_PACKET_BYTES {
+            return None;
+        }
+        let packet = unpadded.next_multiple_of(8);
+        // Both are at most MAX_PACKET_BYTES.
+        Some(Lengths {
+            offset8: (header / 8) as u16,
+            length8: (packet / 8) as u16,
+            padding_bytes: packet - unpadded,
+        })
+    }
+
+    #[inline]
+    fn flags(&self) -> u16 {
+        if self.completion_requested {
+            COMPLETION_REQUESTED
+        } else {
+            0
+        }
+    }
+
+    /// The descriptor; `None` if a length does not fit in its 16 bits. `extra_header` must be a multiple of 8 long.
+    pub fn descriptor(&self) -> Option<PacketDescriptor> {
+        let lengths = self.lengths()?;
         Some(PacketDescriptor {
             packet_type: self.kind.0.into(),
-            offset8: u16::try_from(header_bytes / 8).ok()?.into(),
-            length8: u16::try_from(packet_bytes / 8).ok()?.into(),
-            flags: (if self.completion_requested {
-                COMPLETION_REQUESTED
-            } else {
-                0
-            })
-            .into(),
+            offset8: lengths.offset8.into(),
+            length8: lengths.length8.into(),
+            flags: self.flags().into(),
             transaction_id: self.transaction_id.into(),
         })
+    }
+
+    /// The descriptor as two little-endian words: the same as [`OutPacket::descriptor`], but put together in registers.
+    /// (Built field by field in memory and copied as a whole it costs a stalled load, a fifth of the time that a small
+    /// packet takes.)
+    #[inline]
+    pub(crate) fn encoded(&self) -> Option<([u64; 2], Lengths)> {
+        let lengths = self.lengths()?;
+        let first = u64::from(self.kind.0)
+            | u64::from(lengths.offset8) << 16
+            | u64::from(lengths.length8) << 32
+            | u64::from(self.flags()) << 48;
+        Some(([first, self.transaction_id], lengths))
+    }
+}
+
+/// How long the parts of a packet are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lengths {
+    offset8: u16,
+    length8: u16,
+    /// Zero bytes between payload and trailer.
+    pub(crate) padding_bytes: usize,
+}
+
+impl Lengths {
+    /// Bytes without the trailer.
+    #[inline]
+    pub(crate) fn packet_bytes(&self) -> u32 {
+        u32::from(self.length8) * 8
     }
 }
 

@@ -652,3 +652,26 @@ fn versions_compare_and_print_as_people_write_them() {
     assert!(Version::V5_0.has_message_connection_id() && !Version::V4_1.has_message_connection_id());
     assert_eq!(Version::V5_3.to_string(), "5.3");
 }
+
+proptest! {
+    #[test]
+    fn both_ways_to_build_a_descriptor_agree(
+        kind in any::<u16>(), transaction_id in any::<u64>(), wants in any::<bool>(), extra8 in 0usize..9, len in 0usize..99,
+    ) {
+        use zerocopy::IntoBytes;
+        let bytes = [0; 99];
+        let out = OutPacket {
+            kind: PacketKind(kind),
+            transaction_id,
+            completion_requested: wants,
+            extra_header: &bytes[..extra8 * 8],
+            payload: &[&bytes[..len]],
+        };
+        let descriptor = out.descriptor().expect("short");
+        let (words, lengths) = out.encoded().expect("short");
+        let words = words.map(u64::to_le_bytes).concat();
+        prop_assert_eq!(descriptor.as_bytes(), &words[..]);
+        prop_assert_eq!(u32::from(descriptor.length8.get()) * 8, lengths.packet_bytes());
+        prop_assert_eq!(lengths.packet_bytes() as usize, 16 + extra8 * 8 + len + lengths.padding_bytes);
+    }
+}

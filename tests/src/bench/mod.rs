@@ -112,7 +112,7 @@ struct Group {
 
 const GROUPS: &[Group] = &[
     Group {
-        names: &["ring-256", "ring-64k"],
+        names: &["ring-256", "ring-64k", "ring-64k-alone"],
         measure: ring::measure,
     },
     Group {

@@ -65,8 +65,12 @@ pub enum Action {
     UnbindInterrupt { channel: ChannelId },
     /// Set the channel's event flag on `vp` and raise SINT 2 there, once. A spurious one is harmless.
     RaiseInterrupt { channel: ChannelId, vp: u16 },
-    /// Send to the server that is attached to `device`; if the socket refuses, call [`super::Bus::server_lost`].
-    SendToServer { device: DeviceId, message: VcpuToServer },
+    /// Send to the server of that generation; if the socket refuses, call [`super::Bus::server_lost`].
+    SendToServer {
+        device: DeviceId,
+        generation: u32,
+        message: VcpuToServer,
+    },
     /// Call [`super::Bus::on_deadline`] with `id` after `ms` milliseconds, unless cleared before.
     SetDeadline { id: DeadlineId, ms: u32 },
     /// Forget the deadline. Clearing one that has just fired is harmless.

@@ -136,6 +136,7 @@ impl Bus {
         let entry = Device {
             offer,
             server: Server::None,
+            waiting: Server::None,
             wanted_sub_channels: 0,
         };
         self.devices.insert(device, entry);
@@ -165,6 +166,7 @@ impl Bus {
             let path = format!("bus.device.{device}");
             add(format!("{path}.instance"), entry.offer.instance.to_string());
             add(format!("{path}.server"), format!("{:?}", entry.server));
+            add(format!("{path}.waiting"), format!("{:?}", entry.waiting));
             add(
                 format!("{path}.sub_channels"),
                 format!(

@@ -46,8 +46,17 @@ pub struct DeviceOffer {
 pub struct Device {
     pub offer: DeviceOffer,
     pub server: Server,
+    /// Takes the place of `server` when that one is gone. `None` whenever that is `None`.
+    pub waiting: Server,
     /// How many sub-channels the server wants offered while the primary is open.
     pub wanted_sub_channels: u16,
+}
+
+impl Device {
+    /// The server, and the one that waits.
+    pub fn places(&mut self) -> [&mut Server; 2] {
+        [&mut self.server, &mut self.waiting]
+    }
 }
 
 /// A device that the supervisor should not have added. Our own side's mistake.

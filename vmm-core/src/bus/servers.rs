@@ -13,6 +13,9 @@
 //!   ServerGone (its process was reaped) ends that.
 //! - Debts are settled by the acknowledgement or by ServerGone, by nothing else. A deadline only reports.
 //!
+//! A second server may be there and wait: it is told of the guest's memory at its Hello and of nothing else, so it owes
+//! nothing. ServerGone of the one before lets it serve; its own ServerGone forgets it.
+//!
 //! Each message carries the generation of its sender; one that is not the present one is dropped and counted.
 
 use vmbus::ipc::hello::PROTOCOL;
@@ -23,6 +26,7 @@ use super::action::{Action, ChannelId, DeadlineId, DeviceId, LogLevel};
 use super::channels::{ChannelState, Opening, Seen, Standing};
 use super::connection::Connection;
 use super::gpadls::GpadlState;
+use super::offers::Device;
 
 /// How long a server may take to let go before it is reported. The guest waits for it, holding locks.
 pub const ACKNOWLEDGE_MS: u32 = 1000;
@@ -94,17 +98,17 @@ impl std::fmt::Display for WaitingFor {
 
 /// Entry points for the shell.
 impl Bus {
-    /// The socket to a server of this generation exists. It gets everything when it says hello.
-    ///
-    /// The predecessor, if there was one, must be gone ([`Self::server_gone`]).
+    /// The socket to a server of this generation exists. It gets everything when it has said hello and its predecessor is
+    /// gone ([`Self::server_gone`]).
     pub fn server_attached(&mut self, device: DeviceId, generation: u32) -> Vec<Action> {
-        match self.devices.get_mut(&device).map(|entry| &mut entry.server) {
-            Some(server @ Server::None) => *server = Server::Connected { generation },
-            Some(_) => self.fault(
-                "server attached before its predecessor was gone",
+        let places = self.devices.get_mut(&device).map(Device::places);
+        let free = places.and_then(|places| places.into_iter().find(|server| **server == Server::None));
+        match free {
+            Some(server) => *server = Server::Connected { generation },
+            None => self.fault(
+                "no place for a server",
                 format_args!("device {device}, generation {generation}"),
             ),
-            None => self.fault("server for an unknown device", format_args!("device {device}")),
         }
         self.take_actions()
     }
@@ -114,6 +118,10 @@ impl Bus {
         let Some(entry) = self.devices.get_mut(&device) else {
             return Vec::new();
         };
+        if entry.waiting.generation() == Some(generation) {
+            entry.waiting = Server::None;
+            return self.take_actions();
+        }
         if entry.server.generation() != Some(generation) {
             self.fault(
                 "a server is gone that is not the present one",
@@ -131,18 +139,14 @@ impl Bus {
         }
         self.let_go_of_all(device);
         self.settle_unload();
+        self.promote(device);
         self.take_actions()
     }
 
     /// The socket to the server failed or was closed from its side. The supervisor is asked to replace it.
     pub fn server_lost(&mut self, device: DeviceId, generation: u32, why: &str) -> Vec<Action> {
-        let present = self
-            .devices
-            .get(&device)
-            .and_then(|entry| entry.server.generation());
-        if present == Some(generation) {
-            self.drop_server(device, "server lost", format!("its connection broke: {why}"));
-        }
+        let why = format!("its connection broke: {why}");
+        self.drop_server(device, generation, "server lost", why);
         self.take_actions()
     }
 
@@ -175,10 +179,21 @@ impl Bus {
 
 impl Bus {
     fn dispatch_server_message(&mut self, device: DeviceId, generation: u32, message: ServerToVcpu) {
-        let Some(server) = self.devices.get(&device).map(|entry| entry.server) else {
+        let Some(entry) = self.devices.get(&device) else {
             self.fault("message from an unknown device", format_args!("device {device}"));
             return;
         };
+        if entry.waiting.generation() == Some(generation) {
+            return match entry.waiting {
+                Server::Connected { .. } => self.on_first_message(device, generation, message),
+                Server::Attached { .. } => {
+                    let why = "spoke while it had to wait".to_owned();
+                    self.drop_server(device, generation, "server misbehaves", why);
+                }
+                Server::None | Server::Condemned { .. } => {}
+            };
+        }
+        let server = entry.server;
         if server.generation() != Some(generation) {
             self.fault(
                 "message of a stale generation",
@@ -188,22 +203,7 @@ impl Bus {
         }
         match (server, message) {
             (Server::None | Server::Condemned { .. }, _) => {}
-            (
-                Server::Connected { .. },
-                ServerToVcpu::Hello {
-                    protocol,
-                    generation: said,
-                },
-            ) => {
-                if protocol != PROTOCOL {
-                    self.condemn(device, format!("speaks protocol {protocol}, not {PROTOCOL}"));
-                } else if said != generation {
-                    self.condemn(device, format!("says it is generation {said}"));
-                } else {
-                    self.attach(device, generation);
-                }
-            }
-            (Server::Connected { .. }, _) => self.condemn(device, "did not say Hello first".to_owned()),
+            (Server::Connected { .. }, message) => self.on_first_message(device, generation, message),
             (Server::Attached { .. }, ServerToVcpu::Hello { .. }) => {
                 self.condemn(device, "said Hello twice".to_owned());
             }
@@ -273,21 +273,63 @@ impl Bus {
         }
     }
 
-    /// Tells a server that said hello the whole truth about its device.
+    fn on_first_message(&mut self, device: DeviceId, generation: u32, message: ServerToVcpu) {
+        let why = match message {
+            ServerToVcpu::Hello { protocol, .. } if protocol != PROTOCOL => {
+                format!("speaks protocol {protocol}, not {PROTOCOL}")
+            }
+            ServerToVcpu::Hello { generation: said, .. } if said != generation => {
+                format!("says it is generation {said}")
+            }
+            ServerToVcpu::Hello { .. } => return self.attach(device, generation),
+            _ => "did not say Hello first".to_owned(),
+        };
+        self.drop_server(device, generation, "server misbehaves", why);
+    }
+
+    /// Tells a server that said hello of the guest's memory, and lets it serve if it has no predecessor.
     fn attach(&mut self, device: DeviceId, generation: u32) {
-        self.set_server(
-            device,
-            Server::Attached {
-                generation,
-                work: Work::Serving,
-            },
-        );
+        let Some(server) = self.place(device, generation) else {
+            return;
+        };
+        *server = Server::Attached {
+            generation,
+            work: Work::Serving,
+        };
         let attach = VcpuToServer::Attach {
             protocol: PROTOCOL,
             ram: self.ram.clone(),
             vp_count: self.vp_count,
         };
-        self.send(device, attach);
+        self.out.push(Action::SendToServer {
+            device,
+            generation,
+            message: attach,
+        });
+        self.log(
+            LogLevel::Debug,
+            format_args!("device {device}: server of generation {generation} attached"),
+        );
+        self.tell_all(device, generation);
+    }
+
+    /// The place of the server that is gone goes to the one that waits.
+    fn promote(&mut self, device: DeviceId) {
+        let Some(entry) = self.devices.get_mut(&device) else {
+            return;
+        };
+        entry.server = std::mem::replace(&mut entry.waiting, Server::None);
+        if let Server::Attached { generation, .. } = entry.server {
+            self.tell_all(device, generation);
+        }
+    }
+
+    /// Tells the server the whole truth about its device, if it is the one that is to serve.
+    fn tell_all(&mut self, device: DeviceId, generation: u32) {
+        let present = self.devices.get(&device).map(|entry| entry.server);
+        if present.and_then(|server| server.generation()) != Some(generation) {
+            return;
+        }
         self.send(device, VcpuToServer::Serve);
         let channels = self.channels.of_device(device);
         let gpadls: Vec<u32> = self
@@ -302,10 +344,12 @@ impl Bus {
         for channel in channels {
             self.tell_open(device, channel);
         }
-        self.log(
-            LogLevel::Debug,
-            format_args!("device {device}: server of generation {generation} attached"),
-        );
+    }
+
+    /// The server of this generation, present or waiting.
+    fn place(&mut self, device: DeviceId, generation: u32) -> Option<&mut Server> {
+        let mut places = self.devices.get_mut(&device)?.places().into_iter();
+        places.find(|server| server.generation() == Some(generation))
     }
 
     /// Tells the attached server of a complete GPADL.
@@ -373,8 +417,12 @@ impl Bus {
     /// Sends, if a server is attached.
     pub(super) fn send(&mut self, device: DeviceId, message: VcpuToServer) {
         let server = self.devices.get(&device).map(|entry| entry.server);
-        if let Some(Server::Attached { .. }) = server {
-            self.out.push(Action::SendToServer { device, message });
+        if let Some(Server::Attached { generation, .. }) = server {
+            self.out.push(Action::SendToServer {
+                device,
+                generation,
+                message,
+            });
         }
     }
 
@@ -474,30 +522,28 @@ impl Bus {
 
     /// A server broke the protocol.
     fn condemn(&mut self, device: DeviceId, why: String) {
-        self.drop_server(device, "server misbehaves", why);
+        let present = self.devices.get(&device).map(|entry| entry.server);
+        if let Some(generation) = present.and_then(|server| server.generation()) {
+            self.drop_server(device, generation, "server misbehaves", why);
+        }
     }
 
     /// Stops listening to a server and asks for its end. What it may touch stays held until it is gone.
-    fn drop_server(&mut self, device: DeviceId, what: &'static str, why: String) {
-        let Some(entry) = self.devices.get_mut(&device) else {
+    fn drop_server(&mut self, device: DeviceId, generation: u32, what: &'static str, why: String) {
+        let Some(server) = self.place(device, generation) else {
             return;
         };
-        let (generation, quiescing) = match entry.server {
-            Server::None | Server::Condemned { .. } => return,
-            Server::Connected { generation } => (generation, None),
-            Server::Attached { generation, work } => match work {
-                Work::Serving => (generation, None),
-                Work::Quiescing { deadline, .. } => (generation, Some(deadline)),
-            },
-        };
-        entry.server = Server::Condemned { generation };
-        if let Some(deadline) = quiescing {
-            self.clear_deadline(deadline);
+        if matches!(server, Server::Condemned { .. }) {
+            return;
         }
+        *server = Server::Condemned { generation };
+        // Debts are the present server's. A Quiesced that is owed is among them.
+        let present = self.devices.get(&device).map(|entry| entry.server);
+        let is_present = present.and_then(|server| server.generation()) == Some(generation);
         let overdue: Vec<DeadlineId> = self
             .waits
             .iter()
-            .filter(|(_, wait)| wait.device == device)
+            .filter(|(_, wait)| is_present && wait.device == device)
             .map(|(&id, _)| id)
             .collect();
         for id in overdue {

@@ -155,7 +155,7 @@ impl Control {
                 self.console_room.drain();
                 self.input.on_room(&self.epoll);
             }
-            Source::Server(device) => self.on_server(device),
+            Source::Server(device, generation) => self.on_server(device, generation),
         }
         self.advance()
     }
@@ -258,22 +258,22 @@ impl Control {
         Ok(())
     }
 
-    fn on_server(&mut self, device: DeviceId) {
+    fn on_server(&mut self, device: DeviceId, generation: u32) {
         let mut machine = self.shared.machine();
         for _ in 0..MESSAGES_PER_TURN {
-            match machine.links.receive_from(device) {
-                Some((generation, Ok(Some(message)))) => {
+            match machine.links.receive_from(device, generation) {
+                Ok(Some(message)) => {
                     tracing::debug!(device = device.0, generation, "{}", message.name());
                     let actions = machine.bus.on_server_message(device, generation, message);
                     machine.execute(actions);
                 }
-                Some((generation, Err(fault))) => {
-                    machine.links.disconnect(device);
+                Err(fault) => {
+                    machine.links.disconnect(device, generation);
                     let actions = machine.bus.server_lost(device, generation, &fault.to_string());
                     machine.execute(actions);
                     break;
                 }
-                Some((_, Ok(None))) | None => break,
+                Ok(None) => break,
             }
         }
     }
@@ -327,7 +327,7 @@ impl Control {
             SupervisorToVcpu::ServerGone { device, generation } => {
                 let mut machine = self.shared.machine();
                 let device = DeviceId(device);
-                machine.links.forget(device, generation);
+                machine.links.disconnect(device, generation);
                 let actions = machine.bus.server_gone(device, generation);
                 machine.execute(actions);
             }

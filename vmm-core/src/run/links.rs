@@ -26,7 +26,7 @@ pub enum Source {
     ConsoleInput,
     /// The console's input queue has room again.
     ConsoleRoom,
-    Server(DeviceId),
+    Server(DeviceId, u32),
 }
 
 impl Source {
@@ -40,7 +40,10 @@ impl Source {
             Source::Attention => 2,
             Source::ConsoleInput => 3,
             Source::ConsoleRoom => 4,
-            Source::Server(DeviceId(device)) => Self::FIRST_DEVICE + u64::from(device),
+            // The generation in the upper half; the bus takes only small numbers of devices.
+            Source::Server(DeviceId(device), generation) => {
+                (u64::from(generation) << 32) | (Self::FIRST_DEVICE + u64::from(device & 0xffff))
+            }
         }
     }
 
@@ -52,8 +55,9 @@ impl Source {
             3 => Some(Source::ConsoleInput),
             4 => Some(Source::ConsoleRoom),
             device => {
-                let device = u32::try_from(device.checked_sub(Self::FIRST_DEVICE)?).ok()?;
-                Some(Source::Server(DeviceId(device)))
+                let generation = u32::try_from(device >> 32).ok()?;
+                let device = (device & 0xffff_ffff).checked_sub(Self::FIRST_DEVICE)?;
+                Some(Source::Server(DeviceId(u32::try_from(device).ok()?), generation))
             }
         }
     }
@@ -123,7 +127,7 @@ impl Drop for Link {
 pub struct Links {
     epoll: Arc<Epoll>,
     supervisor: Link,
-    servers: BTreeMap<DeviceId, (u32, Link)>,
+    servers: BTreeMap<(DeviceId, u32), Link>,
 }
 
 impl Links {
@@ -149,58 +153,45 @@ impl Links {
         self.supervisor.socket.recv()
     }
 
-    /// Connects a server of a device, instead of the one before.
+    /// Connects a server of a device.
     pub fn connect(&mut self, device: DeviceId, generation: u32, fd: OwnedFd) -> nix::Result<()> {
-        self.servers.remove(&device);
-        let link = Link::new(fd, Source::Server(device), &self.epoll)?;
-        self.servers.insert(device, (generation, link));
+        let link = Link::new(fd, Source::Server(device, generation), &self.epoll)?;
+        self.servers.insert((device, generation), link);
         Ok(())
     }
 
     /// Drops the connection to a server.
-    pub fn disconnect(&mut self, device: DeviceId) {
-        self.servers.remove(&device);
+    pub fn disconnect(&mut self, device: DeviceId, generation: u32) {
+        self.servers.remove(&(device, generation));
     }
 
-    /// Drops the connection to this generation of a server, unless there is another by now.
-    pub fn forget(&mut self, device: DeviceId, generation: u32) {
-        if self
-            .servers
-            .get(&device)
-            .is_some_and(|(present, _)| *present == generation)
-        {
-            self.disconnect(device);
-        }
-    }
-
-    /// Sends to the present server of a device; `Err` with its generation: it could not be.
+    /// Sends to a server of a device.
     pub fn send(
         &mut self,
         device: DeviceId,
+        generation: u32,
         message: &VcpuToServer,
         fds: &[BorrowedFd<'_>],
-    ) -> Result<(), (u32, SendError)> {
-        match self.servers.get_mut(&device) {
-            Some((generation, link)) => link.send(message, fds).map_err(|error| (*generation, error)),
+    ) -> Result<(), SendError> {
+        match self.servers.get_mut(&(device, generation)) {
+            Some(link) => link.send(message, fds),
             // It was lost a moment ago, and the bus has been told.
             None => Ok(()),
         }
     }
 
-    /// Receives from the present server of a device, and flushes what waits for it. `None`: nothing there.
+    /// Receives from a server of a device, and flushes what waits for it.
     pub fn receive_from(
         &mut self,
         device: DeviceId,
-    ) -> Option<(u32, Result<Option<ServerToVcpu>, PeerFault>)> {
-        let (generation, link) = self.servers.get_mut(&device)?;
-        let received = match link.flush() {
-            // No message of a server carries descriptors, which `recv` has checked.
-            Ok(()) => link
-                .socket
-                .recv()
-                .map(|received| received.map(|(message, _)| message)),
-            Err(error) => Err(error.into()),
+        generation: u32,
+    ) -> Result<Option<ServerToVcpu>, PeerFault> {
+        let Some(link) = self.servers.get_mut(&(device, generation)) else {
+            return Ok(None);
         };
-        Some((*generation, received))
+        link.flush()?;
+        // No message of a server carries descriptors, which `recv` has checked.
+        let received = link.socket.recv()?;
+        Ok(received.map(|(message, _)| message))
     }
 }

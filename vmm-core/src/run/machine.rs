@@ -183,7 +183,11 @@ impl Machine {
             Action::RebindInterrupt { channel, vp } => self.signals.rebind_interrupt(vm, channel.0, vp)?,
             Action::UnbindInterrupt { channel } => self.signals.unbind_interrupt(vm, channel.0),
             Action::RaiseInterrupt { channel, vp } => self.partition.raise_event(vp, channel.0)?,
-            Action::SendToServer { device, message } => return Ok(self.send(device, &message)),
+            Action::SendToServer {
+                device,
+                generation,
+                message,
+            } => return Ok(self.send(device, generation, &message)),
             Action::SetDeadline { id, ms } => {
                 let after = Duration::from_millis(u64::from(ms));
                 self.timers.set(Alarm::Bus(id), after).map_err(timer_error)?;
@@ -206,7 +210,7 @@ impl Machine {
                 generation,
                 why,
             } => {
-                self.links.disconnect(device);
+                self.links.disconnect(device, generation);
                 let device = device.0;
                 self.links.report(&VcpuToSupervisor::ServerMisbehaves {
                     device,
@@ -234,7 +238,7 @@ impl Machine {
         Ok(Vec::new())
     }
 
-    fn send(&mut self, device: DeviceId, message: &VcpuToServer) -> Vec<Action> {
+    fn send(&mut self, device: DeviceId, generation: u32, message: &VcpuToServer) -> Vec<Action> {
         let channel_fds;
         let ram_fds: [BorrowedFd<'_>; 2];
         let fds: &[BorrowedFd<'_>] = match message {
@@ -251,10 +255,10 @@ impl Machine {
             },
             _ => &[],
         };
-        match self.links.send(device, message, fds) {
+        match self.links.send(device, generation, message, fds) {
             Ok(()) => Vec::new(),
-            Err((generation, error)) => {
-                self.links.disconnect(device);
+            Err(error) => {
+                self.links.disconnect(device, generation);
                 self.bus.server_lost(device, generation, &error.to_string())
             }
         }

@@ -40,6 +40,7 @@ struct ServerModel {
 struct World {
     bus: Bus,
     servers: BTreeMap<DeviceId, ServerModel>,
+    waiting: BTreeMap<DeviceId, ServerModel>,
     last_generation: BTreeMap<DeviceId, u32>,
     posted: Vec<(u16, HostToGuest)>,
     kicks: BTreeSet<u32>,
@@ -82,6 +83,7 @@ impl World {
         let mut world = World {
             bus: Bus::new(VPS, RamLayout::for_size(RAM_BYTES)),
             servers: BTreeMap::new(),
+            waiting: BTreeMap::new(),
             last_generation: BTreeMap::new(),
             posted: Vec::new(),
             kicks: BTreeSet::new(),
@@ -279,9 +281,53 @@ impl World {
         while self.serve_one(device) {}
     }
 
-    /// The process dies and is reaped.
+    /// A successor connects while a server is there.
+    fn connect_waiting(&mut self, device: DeviceId) -> u32 {
+        let last = self.last_generation.entry(device).or_insert(0);
+        *last += 1;
+        let generation = *last;
+        let model = ServerModel {
+            generation,
+            ..ServerModel::default()
+        };
+        self.waiting.insert(device, model);
+        let actions = self.bus.server_attached(device, generation);
+        self.act(actions);
+        generation
+    }
+
+    /// The successor speaks.
+    fn say_waiting(&mut self, device: DeviceId, message: ServerToVcpu) {
+        let Some(server) = self.waiting.get_mut(&device) else {
+            return;
+        };
+        server.attached |= matches!(message, ServerToVcpu::Hello { .. });
+        let generation = server.generation;
+        let actions = self.bus.on_server_message(device, generation, message);
+        self.act(actions);
+    }
+
+    /// A successor connects and says hello.
+    fn attach_waiting(&mut self, device: DeviceId) {
+        let generation = self.connect_waiting(device);
+        let protocol = PROTOCOL;
+        self.say_waiting(device, ServerToVcpu::Hello { protocol, generation });
+    }
+
+    /// The process of the successor dies and is reaped.
+    fn die_waiting(&mut self, device: DeviceId) {
+        if let Some(server) = self.waiting.remove(&device) {
+            let actions = self.bus.server_gone(device, server.generation);
+            self.act(actions);
+        }
+    }
+
+    /// The process dies and is reaped; a successor that waits takes its place.
     fn die(&mut self, device: DeviceId) {
         if let Some(server) = self.servers.remove(&device) {
+            if let Some(successor) = self.waiting.remove(&device) {
+                self.servers.insert(device, successor);
+            }
             let actions = self.bus.server_gone(device, server.generation);
             self.act(actions);
         }
@@ -412,7 +458,11 @@ impl World {
                 assert_eq!(self.interrupts.get(&channel.0), Some(&vp));
                 self.raised.push((channel.0, vp));
             }
-            Action::SendToServer { device, message } => self.on_send(device, message),
+            Action::SendToServer {
+                device,
+                generation,
+                message,
+            } => self.on_send(device, generation, message),
             Action::SetDeadline { id, ms } => {
                 assert!(ms > 0);
                 assert!(self.deadlines.insert(id), "set twice");
@@ -468,11 +518,23 @@ impl World {
         self.posted.push((vp, message));
     }
 
-    fn on_send(&mut self, device: DeviceId, message: VcpuToServer) {
+    fn on_send(&mut self, device: DeviceId, generation: u32, message: VcpuToServer) {
+        if let Some(waiting) = self.waiting.get_mut(&device)
+            && waiting.generation == generation
+        {
+            assert!(waiting.attached, "only after its hello");
+            assert!(
+                matches!(message, VcpuToServer::Attach { .. }),
+                "told {message:?} while it waits"
+            );
+            waiting.inbox.push_back(message);
+            return;
+        }
         let server = self
             .servers
             .get_mut(&device)
             .expect("only to a server that is there");
+        assert_eq!(server.generation, generation);
         assert!(server.attached, "only after its hello");
         match &message {
             VcpuToServer::Attach { vp_count, .. } => {

@@ -64,6 +64,15 @@ enum Step {
     Connect {
         device: u32,
     },
+    AttachWaiting {
+        device: u32,
+    },
+    DieWaiting {
+        device: u32,
+    },
+    SpeakWaiting {
+        device: u32,
+    },
     Lost {
         device: u32,
     },
@@ -133,6 +142,9 @@ fn step() -> impl Strategy<Value = Step> {
         12 => (0..2u32).prop_map(|device| Step::Serve { device }),
         2 => (0..2u32).prop_map(|device| Step::Die { device }),
         4 => (0..2u32).prop_map(|device| Step::Attach { device }),
+        4 => (0..2u32).prop_map(|device| Step::AttachWaiting { device }),
+        1 => (0..2u32).prop_map(|device| Step::DieWaiting { device }),
+        1 => (0..2u32).prop_map(|device| Step::SpeakWaiting { device }),
         1 => (0..2u32).prop_map(|device| Step::Connect { device }),
         1 => (0..2u32).prop_map(|device| Step::Lost { device }),
         3 => (0..2u32, server_message()).prop_map(|(device, message)| Step::Lie { device, message }),
@@ -210,6 +222,16 @@ fn apply(world: &mut World, step: Step) {
             world.connect(DeviceId(device));
         }
         Step::Attach { .. } | Step::Connect { .. } => {}
+        Step::AttachWaiting { device } => {
+            let device = DeviceId(device);
+            if world.servers.contains_key(&device) && !world.waiting.contains_key(&device) {
+                world.attach_waiting(device);
+            }
+        }
+        Step::DieWaiting { device } => world.die_waiting(DeviceId(device)),
+        Step::SpeakWaiting { device } => {
+            world.say_waiting(DeviceId(device), ServerToVcpu::OfferSubChannels { count: 1 });
+        }
         Step::Lost { device } => {
             if let Some(server) = world.servers.get(&DeviceId(device)) {
                 let generation = server.generation;
@@ -288,7 +310,9 @@ fn check_bounds(world: &World) {
 
 /// When all servers are gone, nobody holds anything: the guest has its answers, and only what it owes is left.
 fn check_end(world: &mut World) {
+    world.die_waiting(DISK);
     world.die(DISK);
+    world.die_waiting(NIC);
     world.die(NIC);
     check_bounds(world);
     assert!(world.bus.waits.is_empty());

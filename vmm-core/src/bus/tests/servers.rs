@@ -338,15 +338,120 @@ fn a_broken_channel_stays_open_until_the_guest_closes_it() {
 }
 
 #[test]
-fn a_second_server_before_the_first_is_gone_is_refused() {
+fn a_successor_waits_with_the_memory_and_serves_when_its_predecessor_is_gone() {
     let mut world = World::booted();
-    let actions = world.bus.server_attached(DISK, 2);
+    let disk = up(&mut world);
+    world.attach_waiting(DISK);
+    assert!(matches!(
+        world.waiting[&DISK].inbox.iter().collect::<Vec<_>>()[..],
+        [VcpuToServer::Attach { .. }]
+    ));
+    // What happens meanwhile is told to the one that serves; the successor hears what came of it.
+    world.guest(GuestToHost::ModifyChannel {
+        channel: disk,
+        target_vp: 2,
+    });
+    world.die(DISK);
+    let inbox = world.inbox(DISK);
+    assert!(
+        matches!(
+            inbox[..],
+            [
+                VcpuToServer::Attach { .. },
+                VcpuToServer::Serve,
+                VcpuToServer::Gpadl { .. },
+                VcpuToServer::OpenChannel {
+                    fresh: false,
+                    target_vp: 2,
+                    ..
+                }
+            ]
+        ),
+        "{inbox:?}"
+    );
+    world.close(disk);
+    world.teardown(disk, 0x100);
+    world.serve(DISK);
+    assert!(world.bus.waits.is_empty());
+    assert!(world.misbehaved.is_empty());
+}
+
+#[test]
+fn a_successor_that_says_hello_after_its_predecessor_has_gone_is_told_all_at_once() {
+    let mut world = World::booted();
+    let disk = up(&mut world);
+    let generation = world.connect_waiting(DISK);
+    world.die(DISK);
+    assert!(world.inbox(DISK).is_empty());
+    let protocol = PROTOCOL;
+    world.say(DISK, ServerToVcpu::Hello { protocol, generation });
+    assert_eq!(opens(&world), [(disk.0, 1, false)]);
+}
+
+#[test]
+fn a_successor_that_dies_or_lies_does_not_touch_the_one_that_serves() {
+    let mut world = World::booted();
+    let disk = up(&mut world);
+    world.close(disk);
+    world.teardown(disk, 0x100);
+    let owed = world.bus.waits.len();
+    world.attach_waiting(DISK);
+    world.say_waiting(DISK, ServerToVcpu::GpadlReleased { gpadl: 0x100 });
+    assert_eq!(world.misbehaved.len(), 1);
+    assert_eq!((world.heard(), world.bus.waits.len()), (vec![], owed));
+    world.die_waiting(DISK);
+    for hello in [
+        ServerToVcpu::Hello {
+            protocol: PROTOCOL + 1,
+            generation: 3,
+        },
+        ServerToVcpu::Hello {
+            protocol: PROTOCOL,
+            generation: 99,
+        },
+    ] {
+        world.connect_waiting(DISK);
+        world.say_waiting(DISK, hello);
+        world.die_waiting(DISK);
+    }
+    assert_eq!(world.misbehaved.len(), 3);
+    assert_eq!(world.bus.waits.len(), owed);
+    world.serve(DISK);
+    assert_eq!(
+        world.heard(),
+        [HostToGuest::GpadlTorndown {
+            gpadl: GpadlId(0x100)
+        }]
+    );
+}
+
+#[test]
+fn a_successor_does_not_hold_up_an_unload_and_serves_the_next_boot() {
+    let mut world = World::booted();
+    up(&mut world);
+    world.attach_waiting(DISK);
+    world.guest(GuestToHost::Unload);
+    // The old one dies instead of letting go: nobody else has to.
+    world.die(DISK);
+    world.serve(NIC);
+    assert_eq!(world.heard(), [HostToGuest::UnloadResponse]);
+    world.boot();
+    let disk = up(&mut world);
+    assert_eq!(opens(&world).len(), 1);
+    assert_eq!(opens(&world)[0].0, disk.0);
+}
+
+#[test]
+fn a_third_server_is_refused() {
+    let mut world = World::booted();
+    world.attach_waiting(DISK);
+    let actions = world.bus.server_attached(DISK, 3);
     world.act(actions);
     let hello = ServerToVcpu::Hello {
         protocol: PROTOCOL,
-        generation: 2,
+        generation: 3,
     };
-    let actions = world.bus.on_server_message(DISK, 2, hello);
+    let actions = world.bus.on_server_message(DISK, 3, hello);
     world.act(actions);
     assert_eq!(world.inbox(DISK).len(), 2);
     assert_eq!(world.faults(), 2);

@@ -6,11 +6,13 @@ use device_block::backend::fence::Lease;
 use device_block::config::ControllerConfig;
 use device_block::controller::{Controller, OpenDisks};
 use device_block::server::{IO_NUMBER_BASE, Parts, Server, URING_SLOTS};
+use device_block::storvsp::session::Session;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use vmbus::channel::Port;
 use vmbus::ipc::server_start::Start;
+use vmbus::journal::Journal;
 use vmbus::mem::Uring;
 use vmbus::record::Recorder;
 
@@ -44,7 +46,7 @@ struct Room {
     lease: Lease,
     disks: Vec<(OwnedFd, bool)>,
     vcpu: OwnedFd,
-    journal: OwnedFd,
+    journal: Journal,
     recorder: Option<Arc<Recorder>>,
 }
 
@@ -62,6 +64,8 @@ fn prepare(start: &mut Start) -> Result<Room> {
     std::mem::take(&mut start.fds).finish()?;
 
     let lease = Lease::open(journal.as_fd())?;
+    let journal = Journal::map(journal.as_fd())?;
+    journal.check::<Session>()?;
     // The lease first: index 0. The disks' files follow in order.
     let files: Vec<_> = std::iter::once(lease.file())
         .chain(disks.files().map(|(_, file, _)| file))
@@ -107,7 +111,7 @@ impl Room {
             recorder,
         } = self;
         let control = start.ready(report)?;
-        let mut port = Port::new(vcpu, journal, generation)?;
+        let mut port = Port::with_journal(vcpu, journal, generation)?;
         if let Some(recorder) = recorder {
             port.set_recorder(recorder);
         }

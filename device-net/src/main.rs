@@ -6,13 +6,15 @@ use device_net::backend::Backend;
 use device_net::backend::stream::Stream;
 use device_net::backend::tap::Tap;
 use device_net::config::{BackendKind, NicConfig};
+use device_net::server::saved::Saved;
 use device_net::server::{Server, ServerError};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use vmbus::channel::Port;
 use vmbus::ipc::PeerFault;
 use vmbus::ipc::server_start::Start;
+use vmbus::journal::Journal;
 use vmbus::record::Recorder;
 
 fn main() -> ExitCode {
@@ -43,7 +45,7 @@ struct Room {
     config: NicConfig,
     backend: Box<dyn Backend>,
     vcpu: OwnedFd,
-    journal: OwnedFd,
+    journal: Journal,
     recorder: Option<Arc<Recorder>>,
 }
 
@@ -51,7 +53,8 @@ fn prepare(start: &mut Start) -> Result<Room> {
     start.init_logging()?;
     let config = NicConfig::parse(&start.config)?;
     let vcpu = start.fds.take("vcpu")?;
-    let journal = start.fds.take("journal")?;
+    let journal = Journal::map(start.fds.take("journal")?.as_fd())?;
+    journal.check::<Saved>()?;
     let fd = start.fds.take(&config.fd)?;
     let recorder = start.recorder()?;
     std::mem::take(&mut start.fds).finish()?;
@@ -78,7 +81,7 @@ impl Room {
     fn run(self, start: Start) -> Result<()> {
         let generation = start.generation;
         let control = start.ready(self.report)?;
-        let mut port = Port::new(self.vcpu, self.journal, generation)?;
+        let mut port = Port::with_journal(self.vcpu, self.journal, generation)?;
         if let Some(recorder) = self.recorder {
             port.set_recorder(recorder);
         }

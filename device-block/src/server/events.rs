@@ -75,6 +75,7 @@ impl Server {
             PortEvent::Serve => {
                 // Before anything of the predecessor's is looked at.
                 self.lease.wait()?;
+                self.port.journal().claim::<Session>();
                 for (disk, read_only) in &self.disks {
                     fence::lock_disk(disk.as_fd(), *read_only, true)?;
                 }
@@ -125,10 +126,7 @@ impl Server {
         if sub_index == 0 {
             let saved: Option<Session> = match fresh {
                 true => None,
-                false => self
-                    .port
-                    .load_state(endpoint.open_epoch())
-                    .map_err(|error| ServerError::SavedState(error.to_string()))?,
+                false => self.port.load_state(endpoint.open_epoch())?,
             };
             self.controller.on_primary_opened(saved);
             // The predecessor may have died between its answer and the offer.

@@ -44,6 +44,7 @@ use std::os::fd::OwnedFd;
 use vmbus::channel::{Endpoint, MAX_CHANNELS, Port, RecoveredRequest, Token};
 use vmbus::ipc::server_start::Control;
 use vmbus::ipc::{PeerFault, SendError};
+use vmbus::journal::StateFault;
 use vmbus::mem::{HostError, OpId, Uring, UringError};
 use vmbus::ring::PacketBuf;
 
@@ -79,9 +80,9 @@ pub enum ServerError {
     /// The predecessor's I/O could not be waited for.
     #[error(transparent)]
     Fence(#[from] FenceError),
-    /// What the predecessor has saved makes no sense.
-    #[error("the saved state: {0}")]
-    SavedState(String),
+    /// This server cannot go on from what the predecessor has saved.
+    #[error(transparent)]
+    SavedState(#[from] StateFault),
 }
 
 /// What a server is made of.

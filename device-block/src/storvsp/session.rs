@@ -12,8 +12,9 @@
 //! continues from it. A request that was handled but whose answer was not published comes again out of the
 //! journal: [`Session::on_replay`] knows it by its bytes and repeats the answer without a second transition.
 
+mod saved;
+
 use super::wire::{CHANNEL_SUPPORTS_MULTI_CHANNEL, ChannelProperties, Operation, PacketStatus, VstorPacket};
-use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
@@ -28,7 +29,7 @@ pub const MAX_TRANSFER_BYTES: u32 = 1 << 20;
 const KNOWN_VERSIONS: [u16; 3] = [0x0602, 0x0600, 0x0501];
 
 /// Where the conversation stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// The guest has opened the primary channel at most.
     Closed,
@@ -43,7 +44,7 @@ enum State {
 }
 
 /// A request that was answered, and how. Kept for a successor.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Answered {
     transaction_id: u64,
     request: Vec<u8>,
@@ -69,10 +70,12 @@ pub enum Step {
 }
 
 /// The conversation of one controller.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Session {
     state: State,
     max_sub_channels: u16,
+    /// What the guest is told, or was told by a predecessor.
+    max_transfer_bytes: u32,
     last: Option<Answered>,
 }
 
@@ -82,6 +85,7 @@ impl Session {
         Self {
             state: State::Closed,
             max_sub_channels,
+            max_transfer_bytes: MAX_TRANSFER_BYTES,
             last: None,
         }
     }
@@ -290,7 +294,7 @@ impl Session {
             max_channel_count: U16::new(self.max_sub_channels),
             reserved1: U16::ZERO,
             flags: U32::new(flags),
-            max_transfer_bytes: U32::new(MAX_TRANSFER_BYTES),
+            max_transfer_bytes: U32::new(self.max_transfer_bytes),
             reserved2: U64::ZERO,
         };
         VstorPacket::with_body(Operation::CompleteIo, properties.as_bytes())

@@ -1,4 +1,5 @@
 use super::*;
+use vmbus::journal::{Parts, SavedState};
 
 /// The id that Linux 6.1 gives all initialisation packets.
 const LINUX_INIT_ID: u64 = 0xFFFF_FFFF_FFFF_FFFD;
@@ -208,8 +209,8 @@ fn a_replay_of_the_last_answered_step_repeats_the_answer_and_changes_nothing() {
         let request = packet(operation, body);
         let first = session.on_packet(0, LINUX_INIT_ID, &request);
         // The successor has only what was saved.
-        let saved = serde_json::to_string(&session).unwrap();
-        let mut successor: Session = serde_json::from_str(&saved).unwrap();
+        let saved = session.emit().unwrap();
+        let mut successor = Session::read(&saved).unwrap();
         assert_eq!(successor.on_replay(0, LINUX_INIT_ID, &request), first);
         assert_eq!(successor, session);
     }
@@ -226,4 +227,16 @@ fn a_replay_of_a_step_that_was_not_handled_is_handled() {
     );
     assert_eq!(status(&step), 0);
     assert!(session.describe().contains("version=0x0602"));
+}
+
+#[test]
+fn a_saved_session_with_promises_that_cannot_be_kept_is_refused() {
+    let parts = |sub_channels: u16, max_transfer_bytes: u32| {
+        // Ready with version 0x0602; the encoding of the enum is that of the frozen files.
+        let base = (4u32, 0x0602u16, Some(sub_channels), 2u16, None::<u8>);
+        Parts::new(&base).unwrap().add(2, &max_transfer_bytes).unwrap()
+    };
+    assert!(Session::read(&parts(2, MAX_TRANSFER_BYTES)).is_ok());
+    assert!(Session::read(&parts(3, MAX_TRANSFER_BYTES)).is_err());
+    assert!(Session::read(&parts(2, MAX_TRANSFER_BYTES + 1)).is_err());
 }

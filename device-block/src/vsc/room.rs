@@ -3,7 +3,7 @@
 use super::Initiator;
 use crate::config::ControllerConfig;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vmbus::vsc::{ChannelOptions, GuestOptions, PlayedSupervisor, StartOptions, SyntheticGuest, VscError};
@@ -131,6 +131,11 @@ impl Room {
         self.report = running.report;
         self.guest.attach(running.vcpu, deadline())?;
         Ok(())
+    }
+
+    /// The device's journal, for tests that look into it or spoil it.
+    pub fn journal(&self) -> BorrowedFd<'_> {
+        self.journal.as_fd()
     }
 
     /// A deadline for one step, from now.

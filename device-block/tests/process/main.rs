@@ -4,6 +4,7 @@
 mod crash;
 mod disk;
 mod faults;
+mod frozen;
 mod hostile;
 mod protocol;
 mod room;

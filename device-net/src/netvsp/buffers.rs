@@ -37,6 +37,11 @@ impl SendBuffer {
         (section_count > 0).then_some(Self { gpadl, section_count })
     }
 
+    /// Whether a buffer of that length has these sections: a predecessor may have left any number.
+    pub fn fits(&self, buffer_bytes: u64) -> bool {
+        self.section_count > 0 && u64::from(self.section_count) * u64::from(SECTION_BYTES) <= buffer_bytes
+    }
+
     /// Turns a guest's claim into a place that lies inside the buffer.
     pub fn place(&self, claim: SectionClaim) -> Result<SectionPlace, SectionFault> {
         if claim.index >= self.section_count {

@@ -64,6 +64,18 @@ impl ReceiveBuffer {
         })
     }
 
+    /// Whether this is a geometry that [`Self::new`] makes for a buffer of that length: a predecessor may have left
+    /// any numbers.
+    pub fn fits(&self, buffer_bytes: u64) -> bool {
+        let smallest = HEADER_ROOM_BYTES + FRAME_BYTES_MIN + TAIL_ROOM_BYTES;
+        let largest =
+            (HEADER_ROOM_BYTES + FRAME_BYTES_MAX + TAIL_ROOM_BYTES).next_multiple_of(SUBALLOCATION_ALIGNMENT);
+        let used_bytes = u64::from(self.suballocation_bytes) * u64::from(self.suballocation_count);
+        (smallest..=largest).contains(&self.suballocation_bytes)
+            && (2 * CONTROL_RESERVE as u32..=SUBALLOCATION_COUNT_MAX).contains(&self.suballocation_count)
+            && used_bytes <= buffer_bytes
+    }
+
     /// Byte offset of a sub-allocation in the buffer.
     pub fn offset_of(&self, suballocation: u16) -> u32 {
         u32::from(suballocation) * self.suballocation_bytes

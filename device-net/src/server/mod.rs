@@ -40,12 +40,13 @@ use crate::config::NicConfig;
 use nic::Nic;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use saved::Saved;
 use std::os::fd::{AsFd, BorrowedFd};
 use thiserror::Error;
 use vmbus::channel::{Endpoint, Port, PortEvent};
 use vmbus::ipc::server_start::{Control, ControlRequest};
 use vmbus::ipc::{PeerFault, SendError};
-use vmbus::journal::SaveError;
+use vmbus::journal::{SaveError, StateFault};
 use vmbus::mem::HostError;
 
 /// Names of descriptors in epoll. Kicks are [`KICK`] plus the sub-channel index.
@@ -69,6 +70,8 @@ pub enum ServerError {
     Host(#[from] HostError),
     #[error(transparent)]
     Save(#[from] SaveError),
+    #[error(transparent)]
+    SavedState(#[from] StateFault),
 }
 
 /// A NIC being served.
@@ -235,6 +238,7 @@ impl Server {
                 // A waiting server is not woken by what arrives for its predecessor.
                 PortEvent::Serve => {
                     self.serves = true;
+                    self.port.journal().claim::<Saved>();
                     if let Some(backend) = self.nic.backend_fd() {
                         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
                         watch(&self.epoll, backend, BACKEND, flags)?;

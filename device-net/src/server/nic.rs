@@ -216,7 +216,7 @@ impl Nic {
     /// Saves the state for a successor. Without a primary channel there is nothing to inherit.
     pub(super) fn save(&self, port: &Port) -> Result<(), ServerError> {
         match self.primary_epoch {
-            Some(epoch) => Ok(port.save_state(epoch, &Saved::V1(self.state.clone()))?),
+            Some(epoch) => Ok(port.save_state(epoch, &Saved(self.state.clone()))?),
             None => Ok(()),
         }
     }

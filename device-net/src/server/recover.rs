@@ -69,18 +69,11 @@ impl Nic {
         let epoch = endpoint.open_epoch();
         self.primary_epoch = Some(epoch);
         let saved = if fresh {
-            Ok(None)
+            None
         } else {
-            port.load_state::<Saved>(epoch)
+            port.load_state::<Saved>(epoch)?
         };
-        self.state = match saved {
-            Ok(Some(Saved::V1(state))) => state,
-            Ok(None) => State::default(),
-            Err(error) => {
-                tracing::error!("the saved state of the predecessor cannot be read: {error}");
-                State::default()
-            }
-        };
+        self.state = saved.map_or_else(State::default, |Saved(state)| state);
         if fresh {
             self.save(port)?;
         }
@@ -92,12 +85,15 @@ impl Nic {
         if let Some(agreement) = self.state.session.agreement().cloned() {
             if let Some(buffer) = agreement.receive_buffer
                 && let Some(area) = port.gpadl(buffer.gpadl)
+                // Else it is not what was lent: of another guest's making, or the predecessor wrote nonsense.
+                && buffer.fits(area.len())
             {
                 self.credits = Credits::new(buffer.suballocation_count);
                 self.receive_buffer = Some((buffer, area));
             }
             if let Some(buffer) = agreement.send_buffer {
-                self.send_buffer = port.gpadl(buffer.gpadl).map(|area| (buffer, area));
+                let area = port.gpadl(buffer.gpadl).filter(|area| buffer.fits(area.len()));
+                self.send_buffer = area.map(|area| (buffer, area));
             }
         }
         // Whether the guest heard of a change of the link is not known.

@@ -3,7 +3,7 @@
 use super::{Driver, DriverOptions};
 use crate::config::NicConfig;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vmbus::vsc::{GuestOptions, PlayedSupervisor, StartOptions, SyntheticGuest, VscError};
@@ -142,6 +142,11 @@ impl Room {
                 return Ok(found);
             }
         }
+    }
+
+    /// The device's journal, for tests that look into it or spoil it.
+    pub fn journal(&self) -> BorrowedFd<'_> {
+        self.journal.as_fd()
     }
 
     /// A deadline for one step, from now.

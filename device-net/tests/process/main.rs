@@ -4,6 +4,7 @@
 mod control;
 mod crash;
 mod frames;
+mod frozen;
 mod hostile;
 mod kills;
 mod network;

@@ -6,16 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::stat::fstat;
-use serde::{Serialize, de::DeserializeOwned};
 
 use super::endpoint::{ChannelName, ChannelParts, Endpoint, OpenFault};
 use super::interrupt::NO_VP;
 use super::token::Recovered;
 use super::{MAX_CHANNELS, MAX_RELID};
-use crate::ipc::codec::DecodeError;
 use crate::ipc::hello::{PROTOCOL, check_protocol};
 use crate::ipc::{Message, PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
-use crate::journal::{ChannelJournal, Journal, JournalError, SaveError};
+use crate::journal::{ChannelJournal, Journal, JournalError, SaveError, SavedState, StateFault};
 use crate::mem::{Access, Gpn, GuestRam, PAGE_BYTES, PagedArea, RamLayout, SharedMap};
 use crate::record::{EventKind, Recorder};
 use crate::ring::split_channel;
@@ -114,7 +112,11 @@ pub struct Port {
 impl Port {
     /// Maps the journal and says hello. `generation` is the supervisor's number for this process.
     pub fn new(socket: OwnedFd, journal: OwnedFd, generation: u32) -> Result<Self, PortError> {
-        let journal = Journal::map(journal.as_fd())?;
+        Self::with_journal(socket, Journal::map(journal.as_fd())?, generation)
+    }
+
+    /// Says hello.
+    pub fn with_journal(socket: OwnedFd, journal: Journal, generation: u32) -> Result<Self, PortError> {
         let mut socket = Socket::new(socket);
         socket.send(
             &ServerToVcpu::Hello {
@@ -158,12 +160,12 @@ impl Port {
     }
 
     /// Saves the device's state, for the opening `open_epoch` of its primary channel.
-    pub fn save_state<T: Serialize>(&self, open_epoch: u32, state: &T) -> Result<(), SaveError> {
+    pub fn save_state<S: SavedState>(&self, open_epoch: u32, state: &S) -> Result<(), SaveError> {
         self.journal.save_state(open_epoch, state)
     }
 
     /// The state that was saved last in this opening of the primary channel.
-    pub fn load_state<T: DeserializeOwned>(&self, open_epoch: u32) -> Result<Option<T>, DecodeError> {
+    pub fn load_state<S: SavedState>(&self, open_epoch: u32) -> Result<Option<S>, StateFault> {
         self.journal.load_state(open_epoch)
     }
 

@@ -10,6 +10,7 @@ use super::*;
 use crate::fault::GuestFault;
 use crate::ipc::hello::PROTOCOL;
 use crate::ipc::{PeerFault, ServerToVcpu, VcpuToServer};
+use crate::journal::test_state::Plain;
 use crate::journal::{MAX_HELD, MAX_PAYLOAD_BYTES, SLOT_COUNT};
 use crate::mem::{Gpn, PAGE_BYTES, RamLayout, sealed_memfd};
 use crate::ring::{PacketBuf, StageError};
@@ -755,20 +756,15 @@ fn a_quiesced_port_has_nothing_and_serves_again() {
 #[test]
 fn saved_state_belongs_to_one_opening_and_survives_the_server() {
     let (mut guest, port, journal) = setup();
-    port.save_state(7, &("first", 1u32)).expect("saved");
-    port.save_state(7, &("second", 2u32)).expect("saved");
+    let state = |text: &str, number: u32| Plain((text.to_owned(), number));
+    port.save_state(7, &state("first", 1)).expect("saved");
+    port.save_state(7, &state("second", 2)).expect("saved");
     drop(port);
     guest.server_gone();
     let port = connect(&mut guest, &journal);
-    assert_eq!(
-        port.load_state::<(String, u32)>(7),
-        Ok(Some(("second".to_owned(), 2)))
-    );
-    assert_eq!(port.load_state::<(String, u32)>(8), Ok(None));
-    assert!(port.load_state::<u8>(7).is_err(), "another type");
-    assert!(port.save_state(7, &vec![0u8; 70_000]).is_err(), "too long");
-    assert_eq!(
-        port.load_state::<(String, u32)>(7),
-        Ok(Some(("second".to_owned(), 2)))
-    );
+    assert_eq!(port.load_state(7), Ok(Some(state("second", 2))));
+    assert_eq!(port.load_state::<Plain<(String, u32)>>(8), Ok(None));
+    assert!(port.load_state::<Plain<u8>>(7).is_err(), "another type");
+    assert!(port.save_state(7, &Plain(vec![0u8; 70_000])).is_err(), "too long");
+    assert_eq!(port.load_state(7), Ok(Some(state("second", 2))));
 }

@@ -40,6 +40,7 @@ mod wire_tests;
 
 use nix::errno::Errno;
 
+pub use codec::{DecodeError, EncodeError};
 pub use messages::{
     ExitCause, KernelFormat, Message, OnReset, Populate, ServerToSupervisor, ServerToVcpu,
     SupervisorToServer, SupervisorToVcpu, VcpuConfig, VcpuToServer, VcpuToSupervisor,

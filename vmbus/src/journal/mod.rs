@@ -5,7 +5,7 @@
 //! were taken out of the ring and not answered yet; and once, the device's own protocol state.
 //!
 //! ```text
-//!   0      header page      magic and layout version
+//!   0      header page      who can go on from it                       versions.rs
 //!   4096   saved state      two copies, 64 KiB each                     saved_state.rs
 //!   135168 channel 0        header page, slot words, slot payloads      layout.rs, channel.rs
 //!          channel 1 …      one for each sub-channel index
@@ -52,30 +52,45 @@
 
 mod channel;
 mod layout;
+mod parts;
 mod recover;
 mod saved_state;
 mod slot;
 #[cfg(test)]
+pub(crate) mod test_state;
+#[cfg(test)]
 mod tests;
+mod versions;
+#[cfg(test)]
+mod versions_tests;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::mem::{Access, HostError, SharedMap};
+use versions::{LAYOUT, OLDEST_READABLE_LAYOUT, OLDEST_READER_LAYOUT, check_versions, device_name};
 
 pub(crate) use channel::ChannelJournal;
 pub use layout::{MAX_CHANNELS, MAX_HELD, MAX_PAYLOAD_BYTES, SAVED_STATE_BYTES, SLOT_COUNT, required_len};
+pub use parts::Parts;
 pub use recover::RecoverFault;
 pub(crate) use recover::RingView;
 pub use saved_state::SaveError;
+pub use versions::{SavedState, StateFault};
 
 /// Whether anything is written. Building with the environment variable `BULKHEAD_BENCH_NO_JOURNAL` set compiles the
 /// stores out, so that a benchmark can tell what they cost. Such a server cannot be replaced.
 pub const ENABLED: bool = option_env!("BULKHEAD_BENCH_NO_JOURNAL").is_none();
 
-/// First word of the file once a server has used it: "BHJ" and the layout's version.
-const MAGIC: u64 = u64::from_le_bytes(*b"BHJ\0\x01\0\0\0");
+/// "BHJ" in the lower half of the first word.
+const MAGIC: u64 = u32::from_le_bytes(*b"BHJ\0") as u64;
+
+// Words of the first page; see `versions.rs`.
+const FIRST: u64 = 0x00;
+const SERVED_LAYOUT: u64 = 0x08;
+const DEVICE: u64 = 0x10;
+const STATE_VERSIONS: u64 = 0x18;
 
 /// Why a journal cannot be used at all.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,9 +98,18 @@ pub enum JournalError {
     /// The descriptor is too short, not sealed, or cannot be mapped.
     #[error("the journal cannot be mapped: {0}")]
     Map(#[from] HostError),
+    /// Its first word is none of ours.
+    #[error("this is not a journal: it begins with {0:#x}")]
+    NotAJournal(u64),
     /// A server of another version wrote it.
-    #[error("the journal has layout {found:#x}, this server knows {MAGIC:#x}")]
+    #[error(
+        "the journal has layout {found}; this server knows {OLDEST_READABLE_LAYOUT} to {LAYOUT}: use the build that wrote it, \
+         or one in between"
+    )]
     Layout { found: u64 },
+    /// The state in it is not for this server.
+    #[error(transparent)]
+    State(#[from] StateFault),
 }
 
 /// A device's journal, mapped. Cheap to clone.
@@ -102,12 +126,57 @@ impl Journal {
     pub fn map(fd: BorrowedFd<'_>) -> Result<Self, JournalError> {
         let length = usize::try_from(required_len()).expect("64-bit hosts only");
         let map = SharedMap::map(fd, length, Access::ReadWrite)?;
-        let found = map.load_u64(0, Ordering::Acquire).expect(IN_RANGE);
-        match found {
-            0 => map.store_u64(0, MAGIC, Ordering::Release).expect(IN_RANGE),
-            MAGIC => {}
-            found => return Err(JournalError::Layout { found }),
+        let own = MAGIC | u64::from(OLDEST_READER_LAYOUT) << 32;
+        // Ordering: what is in the journal was written by a process that is gone, or is looked at only to be refused.
+        match map.load_u64(FIRST, Ordering::Acquire).expect(IN_RANGE) {
+            0 => map.store_u64(FIRST, own, Ordering::Release).expect(IN_RANGE),
+            found if found & u64::from(u32::MAX) != MAGIC => return Err(JournalError::NotAJournal(found)),
+            found if found >> 32 > LAYOUT => return Err(JournalError::Layout { found: found >> 32 }),
+            _ => {}
         }
         Ok(Self { map: Arc::new(map) })
+    }
+
+    /// Whether a server with the state `S` can go on from what is there. To be asked before it says that it is ready:
+    /// the predecessor may still be serving, and nothing is changed.
+    pub fn check<S: SavedState>(&self) -> Result<(), JournalError> {
+        let layout = self.word(SERVED_LAYOUT).max(1);
+        // Layouts above ours have said in the first word that we understand them.
+        if layout < OLDEST_READABLE_LAYOUT {
+            return Err(JournalError::Layout { found: layout });
+        }
+        let device = self.word(DEVICE).to_le_bytes();
+        if device != [0; 8] && device != S::DEVICE {
+            let (found, own) = (device_name(device), device_name(S::DEVICE));
+            return Err(StateFault::OtherDevice { found, own }.into());
+        }
+        let versions = self.word(STATE_VERSIONS);
+        if versions != 0 {
+            // Two halves.
+            check_versions::<S>(versions as u32, (versions >> 32) as u32)?;
+        }
+        Ok(self.check_state::<S>()?)
+    }
+
+    /// Notes that a server with the state `S` serves from now on. The predecessor must be gone.
+    pub fn claim<S: SavedState>(&self) {
+        if !ENABLED {
+            return;
+        }
+        let versions = u64::from(S::VERSION) | u64::from(S::OLDEST_READER) << 32;
+        for (word, value) in [
+            (SERVED_LAYOUT, LAYOUT),
+            (DEVICE, u64::from_le_bytes(S::DEVICE)),
+            (STATE_VERSIONS, versions),
+        ] {
+            // Ordering: any; each word stands for itself.
+            self.map
+                .store_u64(word, value, Ordering::Release)
+                .expect(IN_RANGE);
+        }
+    }
+
+    fn word(&self, offset: u64) -> u64 {
+        self.map.load_u64(offset, Ordering::Acquire).expect(IN_RANGE)
     }
 }

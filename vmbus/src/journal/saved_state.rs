@@ -3,23 +3,23 @@
 //! Two copies are written in turns; the newer one that is whole counts. Each is
 //! ```text
 //!   0  u64 generation (0: empty)     8  u32 open epoch     12  u32 length     16  u32 CRC-32 of all the rest
-//!   20 u32 zero                      24 payload: the device's own serde type, encoded by ipc::codec
+//!   20 u32 zero                      24 base: what version 1 of the device's state was, encoded by ipc::codec
+//!   then, at the next multiple of 8, what later versions have added (parts.rs)
 //! ```
-//! The generation is stored last, and set to 0 first, so that a copy cut short does not count; the checksum
-//! guards against whatever else a dying server may have done. States are small and transitions rare: unlike the
+//! The generation is stored last, and set to 0 first, so that a copy cut short does not count; the checksums
+//! guard against whatever else a dying server may have done. States are small and transitions rare: unlike the
 //! request path, this one can afford it.
 //!
 //! The state belongs to one opening of the device's primary channel. For another opening there is none.
 //!
-//! The device's type should be an enum with one variant for each version of the state, so that an older or newer
-//! server can tell.
+//! Which versions can follow each other is said in [`super::versions`].
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::Ordering;
 
-use serde::{Serialize, de::DeserializeOwned};
-
 use super::layout::{SAVED_STATE, SAVED_STATE_BYTES};
+use super::parts::{Parts, Tail};
+use super::versions::{SavedState, StateFault};
 use super::{ENABLED, IN_RANGE, Journal};
 use crate::ipc::codec;
 
@@ -39,36 +39,47 @@ pub enum SaveError {
     TooLong { bytes: usize },
 }
 
+/// A whole copy.
+struct WholeCopy {
+    generation: u64,
+    /// 0 or 1.
+    index: u64,
+    epoch: u32,
+    parts: Parts,
+}
+
 impl Journal {
     /// Saves the device's state in the opening `open_epoch` of its primary channel.
     ///
     /// After this returns, a successor finds this state; if the server dies within it, this one or the last one.
-    pub fn save_state<T: Serialize>(&self, open_epoch: u32, state: &T) -> Result<(), SaveError> {
+    pub fn save_state<S: SavedState>(&self, open_epoch: u32, state: &S) -> Result<(), SaveError> {
         if !ENABLED {
             return Ok(());
         }
-        let payload = codec::encode(state)?;
-        let length = payload.len() as u64;
-        if length > SAVED_STATE_BYTES - HEADER_BYTES {
-            return Err(SaveError::TooLong { bytes: payload.len() });
+        let parts = state.emit()?;
+        let (last, last_copy) = self.newest().map_or((0, 1), |copy| (copy.generation, copy.index));
+        let generation = last.checked_add(1).unwrap_or(1);
+        let tail = parts.emit_tail(generation, S::VERSION, S::OLDEST_READER);
+        let payload = parts.base_bytes();
+        let bytes = payload.len().next_multiple_of(8) + tail.len();
+        if bytes as u64 > SAVED_STATE_BYTES - HEADER_BYTES {
+            return Err(SaveError::TooLong { bytes });
         }
-        let (last, last_copy) = self
-            .newest()
-            .map_or((0, 1), |(generation, copy, ..)| (generation, copy));
-        let copy = 1 - last_copy;
-        let base = copy_base(copy);
+        let base = copy_base(1 - last_copy);
         // Not counted any more from here on.
         self.map
             .store_u64(base + GENERATION, 0, Ordering::Release)
             .expect(IN_RANGE);
         // A state is below 64 KiB.
-        let sizes = u64::from(open_epoch) | length << 32;
+        let sizes = u64::from(open_epoch) | (payload.len() as u64) << 32;
         self.map
             .store_u64(base + EPOCH, sizes, Ordering::Release)
             .expect(IN_RANGE);
-        self.map.write(base + HEADER_BYTES, &payload).expect(IN_RANGE);
-        let generation = last.checked_add(1).unwrap_or(1);
-        let checksum = checksum(generation, sizes, &payload);
+        self.map.write(base + HEADER_BYTES, payload).expect(IN_RANGE);
+        self.map
+            .write(base + tail_offset(payload.len()), &tail)
+            .expect(IN_RANGE);
+        let checksum = checksum(generation, sizes, payload);
         self.map
             .store_u64(base + CHECKSUM, u64::from(checksum), Ordering::Release)
             .expect(IN_RANGE);
@@ -79,22 +90,30 @@ impl Journal {
     }
 
     /// The state that was saved last, if it was saved in this opening of the primary channel.
-    pub fn load_state<T: DeserializeOwned>(&self, open_epoch: u32) -> Result<Option<T>, codec::DecodeError> {
+    pub fn load_state<S: SavedState>(&self, open_epoch: u32) -> Result<Option<S>, StateFault> {
         match self.newest() {
-            Some((_, _, epoch, payload)) if epoch == open_epoch => codec::decode(&payload).map(Some),
+            Some(copy) if copy.epoch == open_epoch => S::read(&copy.parts).map(Some),
             _ => Ok(None),
         }
     }
 
-    /// Generation, copy, epoch and payload of the newest whole copy.
-    fn newest(&self) -> Option<(u64, u64, u32, Vec<u8>)> {
-        (0..2)
-            .filter_map(|copy| self.read_copy(copy))
-            .max_by_key(|(generation, ..)| *generation)
+    /// Whether this server could go on from what was saved last, whatever opening it belongs to.
+    pub(super) fn check_state<S: SavedState>(&self) -> Result<(), StateFault> {
+        match self.newest() {
+            Some(copy) => S::read(&copy.parts).map(|_| ()),
+            None => Ok(()),
+        }
     }
 
-    fn read_copy(&self, copy: u64) -> Option<(u64, u64, u32, Vec<u8>)> {
-        let base = copy_base(copy);
+    /// The newest whole copy.
+    fn newest(&self) -> Option<WholeCopy> {
+        (0..2)
+            .filter_map(|index| self.read_copy(index))
+            .max_by_key(|copy| copy.generation)
+    }
+
+    fn read_copy(&self, index: u64) -> Option<WholeCopy> {
+        let base = copy_base(index);
         let load = |offset: u64| {
             self.map
                 .load_u64(base + offset, Ordering::Acquire)
@@ -107,18 +126,35 @@ impl Journal {
         }
         let mut payload = vec![0; length as usize];
         self.map.read(base + HEADER_BYTES, &mut payload).expect(IN_RANGE);
-        // The low half of `sizes` is the epoch.
-        (load(CHECKSUM) == u64::from(checksum(generation, sizes, &payload))).then_some((
+        if load(CHECKSUM) != u64::from(checksum(generation, sizes, &payload)) {
+            return None;
+        }
+        let tail_offset = tail_offset(payload.len());
+        let mut tail = vec![0; SAVED_STATE_BYTES.saturating_sub(tail_offset) as usize];
+        self.map.read(base + tail_offset, &mut tail).expect(IN_RANGE);
+        let parts = match Tail::parse(&tail, generation) {
+            Tail::None => Parts::version_1(payload),
+            Tail::Whole(tail) => tail.with_base(payload),
+            // Of this very save, and spoilt.
+            Tail::Damaged => return None,
+        };
+        Some(WholeCopy {
             generation,
-            copy,
-            sizes as u32,
-            payload,
-        ))
+            index,
+            // The low half of `sizes`.
+            epoch: sizes as u32,
+            parts,
+        })
     }
 }
 
 fn copy_base(copy: u64) -> u64 {
     SAVED_STATE + copy * SAVED_STATE_BYTES
+}
+
+/// Where the tail begins, counted from the copy.
+fn tail_offset(base_bytes: usize) -> u64 {
+    (HEADER_BYTES + base_bytes as u64).next_multiple_of(8)
 }
 
 fn checksum(generation: u64, sizes: u64, payload: &[u8]) -> u32 {

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -142,6 +142,11 @@ impl SyntheticGuest {
     /// Guest memory.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// The memfd of guest memory, for tests that keep or restore it.
+    pub fn ram_fd(&self) -> BorrowedFd<'_> {
+        self.ram_fd.as_fd()
     }
 
     /// Allocates consecutive pages; their first address. The contents are what an earlier owner left, or zero.

@@ -20,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 mod channel;
+mod frozen;
 mod guest;
 mod supervisor;
 
@@ -35,6 +36,7 @@ use crate::mem::HostError;
 use crate::ring::StageError;
 
 pub use channel::{ChannelCounters, GuestChannel};
+pub use frozen::{freeze, state_for_version_1, thaw};
 pub use guest::{ChannelOptions, GuestOptions, SyntheticGuest};
 pub use supervisor::{PlayedSupervisor, StartOptions};
 

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use strum::IntoStaticStr;
 
 use crate::mem::RamLayout;
 use crate::wire::Guid;
@@ -22,7 +23,7 @@ pub trait Message: Serialize + DeserializeOwned {
 }
 
 /// Supervisor to device server, over the server's fd 3.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum SupervisorToServer {
     /// The first message. Comes with one descriptor for each entry of `fds`, in that order.
     Start {
@@ -52,7 +53,7 @@ pub enum SupervisorToServer {
 }
 
 /// Device server to supervisor, over the server's fd 3.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum ServerToSupervisor {
     /// The sandbox is complete and the server is about to say hello to `bulkhead-vcpu`.
     Ready {
@@ -75,7 +76,7 @@ pub enum ServerToSupervisor {
 }
 
 /// Supervisor to `bulkhead-vcpu`, over its fd 3.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum SupervisorToVcpu {
     /// The first message. Comes with one descriptor for each entry of `fds`, in that order.
     Start {
@@ -177,7 +178,7 @@ pub enum OnReset {
 }
 
 /// `bulkhead-vcpu` to supervisor, over its fd 3.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum VcpuToSupervisor {
     /// The VM exists, the sandbox is complete. Devices and `Run` may come.
     Ready {
@@ -232,7 +233,7 @@ pub enum ExitCause {
 }
 
 /// Device server to `bulkhead-vcpu`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum ServerToVcpu {
     /// The first message. `Attach` and all that is open follows.
     Hello {
@@ -267,7 +268,7 @@ pub enum ServerToVcpu {
 ///
 /// The order for any server: `Attach`; `Serve`, at once or when the predecessor is gone; every `Gpadl`, every
 /// `OpenChannel`; then live updates.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum VcpuToServer {
     /// The first message. Comes with two descriptors: guest RAM (sealed memfd) and the event flags (sealed
     /// memfd with one 4 KiB SIEFP page for each VP; the flags of SINT n are at 256 × n, TLFS section 11.9).
@@ -329,12 +330,7 @@ pub enum VcpuToServer {
 
 impl Message for SupervisorToServer {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Start { .. } => "Start",
-            Self::Stop => "Stop",
-            Self::Ping { .. } => "Ping",
-            Self::Inspect => "Inspect",
-        }
+        self.into()
     }
 
     fn descriptor_count(&self) -> usize {
@@ -347,33 +343,13 @@ impl Message for SupervisorToServer {
 
 impl Message for ServerToSupervisor {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Ready { .. } => "Ready",
-            Self::Failed { .. } => "Failed",
-            Self::Pong { .. } => "Pong",
-            Self::Inspect { .. } => "Inspect",
-            Self::Event { .. } => "Event",
-            Self::Warm => "Warm",
-            Self::Released => "Released",
-        }
+        self.into()
     }
 }
 
 impl Message for SupervisorToVcpu {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Start { .. } => "Start",
-            Self::AddDevice { .. } => "AddDevice",
-            Self::ServerAttached { .. } => "ServerAttached",
-            Self::ServerGone { .. } => "ServerGone",
-            Self::Run => "Run",
-            Self::Pause => "Pause",
-            Self::Resume => "Resume",
-            Self::Reset => "Reset",
-            Self::PowerButton => "PowerButton",
-            Self::Quit => "Quit",
-            Self::Inspect => "Inspect",
-        }
+        self.into()
     }
 
     fn descriptor_count(&self) -> usize {
@@ -394,46 +370,19 @@ impl Message for SupervisorToVcpu {
 
 impl Message for VcpuToSupervisor {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Ready { .. } => "Ready",
-            Self::Started => "Started",
-            Self::Failed { .. } => "Failed",
-            Self::ServerMisbehaves { .. } => "ServerMisbehaves",
-            Self::ServerSlow { .. } => "ServerSlow",
-            Self::GuestPowerOff => "GuestPowerOff",
-            Self::GuestReset { .. } => "GuestReset",
-            Self::GuestCrash { .. } => "GuestCrash",
-            Self::Exited { .. } => "Exited",
-            Self::Inspect { .. } => "Inspect",
-        }
+        self.into()
     }
 }
 
 impl Message for ServerToVcpu {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Hello { .. } => "Hello",
-            Self::OfferSubChannels { .. } => "OfferSubChannels",
-            Self::ChannelClosed { .. } => "ChannelClosed",
-            Self::GpadlReleased { .. } => "GpadlReleased",
-            Self::Quiesced { .. } => "Quiesced",
-            Self::ChannelBroken { .. } => "ChannelBroken",
-        }
+        self.into()
     }
 }
 
 impl Message for VcpuToServer {
     fn name(&self) -> &'static str {
-        match self {
-            Self::Attach { .. } => "Attach",
-            Self::Gpadl { .. } => "Gpadl",
-            Self::OpenChannel { .. } => "OpenChannel",
-            Self::Retarget { .. } => "Retarget",
-            Self::CloseChannel { .. } => "CloseChannel",
-            Self::TeardownGpadl { .. } => "TeardownGpadl",
-            Self::Quiesce { .. } => "Quiesce",
-            Self::Serve => "Serve",
-        }
+        self.into()
     }
 
     fn descriptor_count(&self) -> usize {

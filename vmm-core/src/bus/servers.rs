@@ -201,19 +201,21 @@ impl Bus {
             );
             return;
         }
-        match (server, message) {
-            (Server::None | Server::Condemned { .. }, _) => {}
-            (Server::Connected { .. }, message) => self.on_first_message(device, generation, message),
-            (Server::Attached { .. }, ServerToVcpu::Hello { .. }) => {
+        match server {
+            Server::None | Server::Condemned { .. } => {}
+            Server::Connected { .. } => self.on_first_message(device, generation, message),
+            Server::Attached { work, .. } => self.on_message_at_work(device, generation, work, message),
+        }
+    }
+
+    fn on_message_at_work(&mut self, device: DeviceId, generation: u32, work: Work, message: ServerToVcpu) {
+        match (work, message) {
+            (_, ServerToVcpu::Hello { .. }) => {
                 self.condemn(device, "said Hello twice".to_owned());
             }
-            (
-                Server::Attached {
-                    generation,
-                    work: Work::Quiescing { token, deadline },
-                },
-                ServerToVcpu::Quiesced { token: said },
-            ) if said == token => {
+            (Work::Quiescing { token, deadline }, ServerToVcpu::Quiesced { token: said })
+                if said == token =>
+            {
                 self.clear_deadline(deadline);
                 self.set_server(
                     device,
@@ -224,46 +226,28 @@ impl Bus {
                 );
                 self.settle_unload();
             }
-            (Server::Attached { .. }, ServerToVcpu::Quiesced { .. }) => {
+            (_, ServerToVcpu::Quiesced { .. }) => {
                 self.condemn(device, "said Quiesced unasked".to_owned());
             }
             // These crossed with the Quiesce: what they speak of is gone.
             (
-                Server::Attached {
-                    work: Work::Quiescing { .. },
-                    ..
-                },
+                Work::Quiescing { .. },
                 ServerToVcpu::OfferSubChannels { .. }
                 | ServerToVcpu::ChannelClosed { .. }
                 | ServerToVcpu::GpadlReleased { .. }
                 | ServerToVcpu::ChannelBroken { .. },
             ) => {}
-            (
-                Server::Attached {
-                    work: Work::Serving, ..
-                },
-                ServerToVcpu::OfferSubChannels { count },
-            ) => {
+            (Work::Serving, ServerToVcpu::OfferSubChannels { count }) => {
                 self.on_offer_sub_channels(device, count);
             }
-            (
-                Server::Attached {
-                    work: Work::Serving, ..
-                },
-                ServerToVcpu::ChannelClosed { channel, open_epoch },
-            ) => self.on_channel_closed(device, ChannelId(channel), open_epoch),
-            (
-                Server::Attached {
-                    work: Work::Serving, ..
-                },
-                ServerToVcpu::GpadlReleased { gpadl },
-            ) => {
+            (Work::Serving, ServerToVcpu::ChannelClosed { channel, open_epoch }) => {
+                self.on_channel_closed(device, ChannelId(channel), open_epoch)
+            }
+            (Work::Serving, ServerToVcpu::GpadlReleased { gpadl }) => {
                 self.on_gpadl_released(device, gpadl);
             }
             (
-                Server::Attached {
-                    work: Work::Serving, ..
-                },
+                Work::Serving,
                 ServerToVcpu::ChannelBroken {
                     channel,
                     open_epoch,

@@ -9,11 +9,11 @@ fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
     let (Some(programs), Some(_)) = (tier::programs(), tier::kvm()) else {
         return;
     };
-    let output = Command::new(programs.join("xtask"))
+    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
         .args(["kill", "--server", "block", "--count", "2000", "--programs"])
         .arg(&programs)
         .output()
-        .expect("xtask lies beside the other programs");
+        .expect("cargo builds xtask before its tests");
     let (said, complained) = (
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),

@@ -36,7 +36,7 @@ pub struct Vm {
 impl Vm {
     /// Starts the VM; also returns the socket on which the supervisor expects `bulkhead-vcpu`.
     ///
-    /// * `programs`: where `bulkhead`, the servers and `xtask` are;
+    /// * `programs`: where `bulkhead` and the servers are; `bulkhead-vcpu` is played by the running program;
     /// * `flags`: what `bulkhead run` is told besides.
     pub fn start(programs: &Path, flags: &[String]) -> Result<(Self, Socket)> {
         let programs = &programs
@@ -45,12 +45,12 @@ impl Vm {
         let folder = tempfile::Builder::new().prefix("bulkhead-kill-").tempdir()?;
         let parts = folder.path().join("programs");
         std::fs::create_dir(&parts)?;
+        let this = std::env::current_exe().context("cannot find this program's own file")?;
         for (name, target) in [
-            ("bulkhead-block", "bulkhead-block"),
-            ("bulkhead-net", "bulkhead-net"),
-            (played::NAME, "xtask"),
+            ("bulkhead-block", programs.join("bulkhead-block")),
+            ("bulkhead-net", programs.join("bulkhead-net")),
+            (played::NAME, this),
         ] {
-            let target = programs.join(target);
             ensure!(target.exists(), "there is no {}: build it", target.display());
             symlink(target, parts.join(name))?;
         }

@@ -69,9 +69,6 @@ pub fn main(arguments: &TestArguments) -> Result<ExitCode> {
     };
 
     let mut tests = cargo_command(&["test", "--workspace", "--no-fail-fast"]);
-    // One test at a time: process-level tests start several processes each, and two of device-net's are known to fail now
-    // and then when they are starved of processors.
-    tests.env("RUST_TEST_THREADS", "1");
     if let Some(programs) = &programs {
         tests.env(PROGRAMS_VARIABLE, programs);
     }

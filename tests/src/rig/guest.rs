@@ -8,6 +8,8 @@
 //! | `guest: drivers hyperv` or `guest: drivers virtio` | the drivers are loaded |
 //! | `guest: exit N` | the command ended with status N; the guest powers off |
 //!
+//! `more.cpio` has programs that few tests want (fio); a test appends it to the initrd.
+//!
 //! The command is the value of `bulkhead.cmd=` on the kernel's command line (one word), else the script `/run-me` (see
 //! [`GuestInitrd::with_script`]), else a shell on the console.
 
@@ -44,8 +46,12 @@ const MODULES: &[&str] = &[
 /// Programs beside busybox.
 const PROGRAMS: &[&str] = &["usr/sbin/mke2fs", "usr/sbin/kexec"];
 
+/// Programs that few tests want, in an archive of their own (`more.cpio`) because they would slow every guest's start:
+/// fio alone brings 80 MB of libraries.
+const MORE_PROGRAMS: &[&str] = &["usr/bin/fio"];
+
 pub fn recipe() -> String {
-    format!("1 {MODULES:?} {PROGRAMS:?} {INIT}")
+    format!("2 {MODULES:?} {PROGRAMS:?} {MORE_PROGRAMS:?} {INIT}")
 }
 
 /// Makes `guest/` from the unpacked packages.
@@ -73,7 +79,15 @@ pub fn build(dir: &Path) -> Result<()> {
     tree.character_device("dev/console", 5, 1);
     let file = File::create(guest.join("initrd.cpio"))?;
     tree.write_cpio(BufWriter::new(file))
-        .context("cannot write the guest's initrd")
+        .context("cannot write the guest's initrd")?;
+
+    let mut more = Tree::new();
+    for program in MORE_PROGRAMS {
+        install_program(&mut more, &sysroot, program)?;
+    }
+    let file = File::create(guest.join("more.cpio"))?;
+    more.write_cpio(BufWriter::new(file))
+        .context("cannot write the archive of the guest's other programs")
 }
 
 /// The guest's initrd.

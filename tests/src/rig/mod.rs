@@ -14,7 +14,7 @@
 //! | `sysroot/` | the unpacked Debian packages; QEMU itself is run from here | `packages.rs` |
 //! | `kernel/` | Debian's cloud kernel package, with `modules.dep` | `packages.rs` |
 //! | `outer/` | initramfs and root disk of the outer machine | `outer.rs` |
-//! | `guest/` | `vmlinuz`, `vmlinux`, `initrd.cpio` for inner guests; also in the rig at `/opt/guest` | `guest.rs` |
+//! | `guest/` | `vmlinuz`, `vmlinux`, `initrd.cpio`, `more.cpio` for inner guests; also in the rig at `/opt/guest` | `guest.rs` |
 //! | `runs/` | one temporary folder per run, removed at its end | `run.rs` |
 //!
 //! The network is needed once, for `packages.rs`. Everything after that works offline. A build and a run keep out of

@@ -168,7 +168,7 @@ fn root_tree(dir: &Path, kernel: &Kernel, table: &ModuleTable, sysroot: &Sysroot
     tree.file("etc/hosts", 0o644, "127.0.0.1 localhost rig\n");
     tree.file("usr/sbin/rig-init", 0o755, RIG_INIT);
     tree.file("usr/bin/guest-initrd", 0o755, GUEST_INITRD);
-    for name in ["vmlinuz", "vmlinux", "initrd.cpio"] {
+    for name in ["vmlinuz", "vmlinux", "initrd.cpio", "more.cpio"] {
         tree.file(&format!("opt/guest/{name}"), 0o644, dir.join("guest").join(name));
     }
     Ok(tree)

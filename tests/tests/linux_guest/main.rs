@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod deaths;
 mod disks;
 mod scene;
 mod users;
@@ -172,7 +173,7 @@ fn a_reboot_a_kexec_and_reloaded_drivers_find_the_same_disk_and_network() {
                   while sleep 1; do pidof bulkhead-block bulkhead-net >>/root/pids || exit; done) &
                  scene reboot {QUIET} --memory 384M {DISK_AND_NET}
                  wait
-                 [ \"$(sort -u /root/pids | wc -l)\" = 1 ] || {{ echo FAILED servers changed; cat /root/pids; }}"
+                 [ \"$(tr ' ' '\\n' </root/pids | sort -u | wc -l)\" = 2 ] || {{ echo FAILED servers changed; cat /root/pids; }}"
             ),
             &["guest: rebooting", "guest: second boot", "bulkhead: exit 0"],
         )

@@ -41,10 +41,11 @@ ln -s /opt/guest/vmlinuz /root/www/
 /usr/bin/ip addr add 192.168.215.1/24 dev t0
 /usr/bin/ip link set t0 up
 busybox httpd -h /root/www -p 8080
-# scene NAME BULKHEAD-FLAG...
+# scene NAME BULKHEAD-FLAG...   MORE: an archive to append to the initrd
 scene() {
     name=$1; shift
     guest-initrd /root/$name.sh /root/initrd.cpio
+    [ -z "${MORE:-}" ] || cat "$MORE" >>/root/initrd.cpio
     cp /root/initrd.cpio /root/www/again.cpio
     status=0
     bulkhead run --name $name --kernel /opt/guest/vmlinuz --initrd /root/initrd.cpio "$@" </dev/null || status=$?
@@ -64,7 +65,7 @@ pub struct Scenes {
 struct Scene {
     name: &'static str,
     /// Lines that must be among what guest and bulkhead say.
-    says: Vec<&'static str>,
+    says: Vec<String>,
 }
 
 impl Scenes {
@@ -91,7 +92,7 @@ impl Scenes {
         seconds: u64,
         script: &str,
         around: &str,
-        says: &[&'static str],
+        says: &[&str],
     ) -> Scenes {
         self.spec = self
             .spec
@@ -101,7 +102,7 @@ impl Scenes {
         self.script += &format!("echo '=== {name}'\n( {around}\n) || echo \"FAILED status $?\"\n");
         self.scenes.push(Scene {
             name,
-            says: says.to_vec(),
+            says: says.iter().map(ToString::to_string).collect(),
         });
         self
     }
@@ -119,11 +120,10 @@ impl Scenes {
         }
         for scene in &self.scenes {
             let said = section(&outcome.output, scene.name);
-            let lacking: Vec<&str> = scene
+            let lacking: Vec<&String> = scene
                 .says
                 .iter()
-                .copied()
-                .filter(|what| !said.contains(what))
+                .filter(|what| !said.contains(what.as_str()))
                 .collect();
             if !lacking.is_empty() || said.contains("FAILED") {
                 wrong += &format!("=== {}: lacking {lacking:?} in\n{said}\n", scene.name);

@@ -23,6 +23,7 @@
 //! | `timeline.rs` | kills, and the stalls that they cause |
 //! | `block.rs`, `pattern.rs` | load on a disk, and what its blocks must hold |
 //! | `faults.rs` | lost, double, wrong |
+//! | `rig.rs`, `rig-guest.sh`, `rig-host.sh` | the same under a real Linux guest, in the rig |
 
 #![forbid(unsafe_code)]
 
@@ -31,6 +32,7 @@ mod faults;
 mod host;
 mod pattern;
 pub mod played;
+pub mod rig;
 mod timeline;
 mod vm;
 
@@ -96,22 +98,35 @@ pub struct KillArguments {
     /// Where the programs are that are killed [default: they are built]
     #[arg(long, value_name = "FOLDER")]
     programs: Option<PathBuf>,
+    /// Under a Linux guest in the rig.
+    #[arg(long)]
+    rig: bool,
+}
+
+impl ServerKind {
+    /// As on the command line.
+    fn name(self) -> &'static str {
+        match self {
+            ServerKind::Block => "block",
+            ServerKind::Net => "net",
+        }
+    }
 }
 
 impl KillArguments {
     /// The same as a command line.
     fn again(&self, programs: &Path) -> Vec<std::ffi::OsString> {
-        let server = match self.server {
-            ServerKind::Block => "block",
-            ServerKind::Net => "net",
-        };
-        let mut args: Vec<std::ffi::OsString> = vec!["kill".into(), "--server".into(), server.into()];
+        let mut args: Vec<std::ffi::OsString> =
+            vec!["kill".into(), "--server".into(), self.server.name().into()];
         args.extend(["--count".into(), self.count.to_string().into()]);
         if let Some(seed) = self.seed {
             args.extend(["--seed".into(), seed.to_string().into()]);
         }
         args.extend(["--folder".into(), self.folder.clone().into()]);
         args.extend(["--programs".into(), programs.into()]);
+        if self.rig {
+            args.push("--rig".into());
+        }
         args
     }
 }
@@ -126,6 +141,9 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
         let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
         now.as_millis() as u64 % 1_000_000_000
     });
+    if arguments.rig {
+        return rig::main(rig::Act::Kill, arguments.server, arguments.count, seed, programs);
+    }
     let (faults, stalls) = match arguments.server {
         ServerKind::Block => kill_block(programs, &arguments, seed)?,
         ServerKind::Net => bail!("bulkhead-net cannot be killed yet"),

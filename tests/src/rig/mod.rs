@@ -41,12 +41,14 @@ mod outer;
 mod packages;
 mod programs;
 mod run;
+mod scene;
 mod spec;
 mod vmlinux;
 
 pub use archive::Tree;
 pub use guest::GuestInitrd;
 pub use run::RUNS_AT_ONCE;
+pub use scene::Scenes;
 pub use spec::{EXIT_RIG_AT_FAULT, FileSource, RigError, RigFailed, RigOutcome, RigSpec};
 
 use anyhow::{Context, Result};

@@ -1,7 +1,6 @@
 //! Disks of other kinds: read-only, discarding, a block device, in memory.
 
-use super::scene::Scenes;
-use super::{QUIET, WELL};
+use super::{QUIET, WELL, run, scenes};
 
 /// The guest tells its disks apart by their serial numbers, whatever order they appear in.
 const SCRIPT: &str = r#"
@@ -45,7 +44,7 @@ exit 0
 
 #[test]
 fn read_only_trimmed_block_device_and_memory_disks_behave_as_such() {
-    let Some(scenes) = Scenes::new() else { return };
+    let Some(scenes) = scenes() else { return };
     let around = format!(
         r#"
         dd if=/dev/urandom of=/root/fixed.raw bs=65536 count=256 2>/dev/null
@@ -71,5 +70,5 @@ fn read_only_trimmed_block_device_and_memory_disks_behave_as_such() {
         "guest: trimmed",
         "guest: block device and memory ok",
     ]);
-    scenes.guest("disks", 120, SCRIPT, &around, &says).run();
+    run(scenes.guest("disks", 120, SCRIPT, &around, &says));
 }

@@ -8,16 +8,32 @@
 
 mod deaths;
 mod disks;
-mod scene;
 mod users;
 
-use scene::Scenes;
+use bulkhead_tests::rig::Scenes;
+use bulkhead_tests::tier;
 
 /// Disk and network as the rig's script makes them for most guests.
 const DISK_AND_NET: &str = "--disk path=/root/disk.raw --net tap=t0";
 const QUIET: &str = "--cmdline 'console=ttyS0 quiet panic=-1'";
 const NEW_DISK: &str = "rm -f /root/disk.raw; truncate -s 256M /root/disk.raw";
 const WELL: &[&str] = &["guest: exit 0", "bulkhead: exit 0"];
+
+/// No guests yet; None (after saying so) where Linux guests cannot be tested.
+fn scenes() -> Option<Scenes> {
+    let rig = tier::rig()?;
+    Some(Scenes::new(rig, tier::programs()?))
+}
+
+/// Runs the guests.
+///
+/// # Panics
+/// If one of them did not do what was expected.
+fn run(scenes: Scenes) {
+    if let Err(wrong) = scenes.run() {
+        panic!("{wrong}");
+    }
+}
 
 const FILES_AND_TCP: &str = r#"
 [ "$(nproc)" = "$CPUS" ] || fail "$(nproc) processors instead of $CPUS"
@@ -42,7 +58,7 @@ exit 0
 
 #[test]
 fn guests_with_one_two_and_four_processors_keep_their_files_and_talk_tcp_both_ways() {
-    let Some(mut scenes) = Scenes::new() else { return };
+    let Some(mut scenes) = scenes() else { return };
     for (name, cpu_count) in [("one", 1), ("two", 2), ("four", 4)] {
         let script = format!("CPUS={cpu_count}\n{FILES_AND_TCP}");
         // The same bytes go to the rig and come back.
@@ -56,7 +72,7 @@ fn guests_with_one_two_and_four_processors_keep_their_files_and_talk_tcp_both_wa
         );
         scenes = scenes.guest(name, 60, &script, &around, WELL);
     }
-    scenes.run();
+    run(scenes);
 }
 
 const MANY: &str = r#"
@@ -72,13 +88,13 @@ exit 0
 
 #[test]
 fn guests_with_eight_and_sixteen_processors_use_all_of_them() {
-    let Some(mut scenes) = Scenes::new() else { return };
+    let Some(mut scenes) = scenes() else { return };
     for (name, cpu_count) in [("eight", 8), ("sixteen", 16)] {
         let script = format!("CPUS={cpu_count}\n{MANY}");
         let around = format!("scene {name} {QUIET} --vcpus {cpu_count} --memory 512M --disk memory=1M");
         scenes = scenes.guest(name, 100, &script, &around, WELL);
     }
-    scenes.run();
+    run(scenes);
 }
 
 /// A disk with a file and its checksum, written at the first boot and verified by whoever comes later.
@@ -159,9 +175,9 @@ exit 0
 
 #[test]
 fn a_reboot_a_kexec_and_reloaded_drivers_find_the_same_disk_and_network() {
-    let Some(scenes) = Scenes::new() else { return };
+    let Some(scenes) = scenes() else { return };
     let with_write = |script: &str| script.replace("@WRITE@", WRITE);
-    scenes
+    let scenes = scenes
         .guest(
             "reboot",
             80,
@@ -196,27 +212,26 @@ fn a_reboot_a_kexec_and_reloaded_drivers_find_the_same_disk_and_network() {
                 "guest: exit 0",
                 "bulkhead: exit 0",
             ],
-        )
-        .run();
+        );
+    run(scenes);
 }
 
 #[test]
 fn a_panic_of_the_guest_is_told_with_its_parameters_and_its_log() {
-    let Some(scenes) = Scenes::new() else { return };
+    let Some(scenes) = scenes() else { return };
     // Through the log buffer of the panic, and the exit status that scripts see. The reset that follows ends the VM.
-    scenes
-        .guest(
-            "panic",
-            40,
-            "echo c >/proc/sysrq-trigger",
-            &format!("scene panic {QUIET} --on-reset exit --memory 256M"),
-            &[
-                "bulkhead: the guest's kernel crashed: 0x",
-                "| ",
-                "sysrq: Trigger a crash",
-                "the VM ended after its kernel had crashed",
-                "bulkhead: exit 3",
-            ],
-        )
-        .run();
+    let scenes = scenes.guest(
+        "panic",
+        40,
+        "echo c >/proc/sysrq-trigger",
+        &format!("scene panic {QUIET} --on-reset exit --memory 256M"),
+        &[
+            "bulkhead: the guest's kernel crashed: 0x",
+            "| ",
+            "sysrq: Trigger a crash",
+            "the VM ended after its kernel had crashed",
+            "bulkhead: exit 3",
+        ],
+    );
+    run(scenes);
 }

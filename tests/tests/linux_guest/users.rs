@@ -1,7 +1,6 @@
 //! `bulkhead run` by a user with no rights but to open `/dev/kvm`.
 
-use super::scene::Scenes;
-use super::{QUIET, WELL};
+use super::{QUIET, WELL, run, scenes};
 
 const SCRIPT: &str = r#"
 await /dev/sda
@@ -23,7 +22,7 @@ exit 0
 
 #[test]
 fn a_user_who_may_open_kvm_runs_a_guest_in_a_full_sandbox() {
-    let Some(scenes) = Scenes::new() else { return };
+    let Some(scenes) = scenes() else { return };
     let around = format!(
         r#"
         chgrp kvm /dev/kvm; chmod 660 /dev/kvm
@@ -56,5 +55,5 @@ X
     );
     let mut says = WELL.to_vec();
     says.extend(["rig: uid 1000", "guest: served without privileges"]);
-    scenes.guest("user", 90, SCRIPT, &around, &says).run();
+    run(scenes.guest("user", 90, SCRIPT, &around, &says));
 }

@@ -1,7 +1,9 @@
 //! Guests that are run one after the other in one boot of the rig, and what is expected of each.
 
-use bulkhead_tests::rig::{Rig, RigSpec};
-use bulkhead_tests::tier;
+#![forbid(unsafe_code)]
+
+use super::{Rig, RigError, RigSpec};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What every guest script begins with.
@@ -54,6 +56,7 @@ scene() {
 "#;
 
 /// The guests of one boot of the rig.
+#[derive(Debug)]
 pub struct Scenes {
     rig: Rig,
     spec: RigSpec,
@@ -62,6 +65,7 @@ pub struct Scenes {
 }
 
 /// One guest.
+#[derive(Debug)]
 struct Scene {
     name: &'static str,
     /// Lines that must be among what guest and bulkhead say.
@@ -69,19 +73,24 @@ struct Scene {
 }
 
 impl Scenes {
-    /// No guests yet; None (after saying so) where Linux guests cannot be tested.
-    pub fn new() -> Option<Scenes> {
-        let rig = tier::rig()?;
+    /// No guests yet. `programs`: the folder of our programs.
+    pub fn new(rig: Rig, programs: PathBuf) -> Scenes {
         let mut spec = RigSpec::new(["sh", "-euc", ""]);
-        spec.binaries = Some(tier::programs()?);
+        spec.binaries = Some(programs);
         // The rig's own start, see `guest` for the rest.
         spec.timeout = Duration::from_secs(30);
-        Some(Scenes {
+        Scenes {
             rig,
             spec,
             script: AROUND.to_string(),
             scenes: Vec::new(),
-        })
+        }
+    }
+
+    /// Shows what is said while it is said.
+    pub fn echo(mut self) -> Scenes {
+        self.spec.echo = true;
+        self
     }
 
     /// Adds a guest that runs `script` within `seconds`. `around` is the rig's script that starts it by `scene NAME FLAGS`.
@@ -107,17 +116,25 @@ impl Scenes {
         self
     }
 
-    /// Runs all guests.
+    /// Runs all guests, and returns what each said, in their order.
     ///
-    /// # Panics
-    /// If one of them did not do what was expected of it; all that do are told.
-    pub fn run(mut self) {
+    /// # Errors
+    /// If one of them did not do what was expected of it, all that do are told with what they said. The same if the rig
+    /// failed at every attempt or cannot be used: nothing has been shown then.
+    pub fn run(mut self) -> Result<Vec<String>, String> {
         self.spec.command[2] = self.script;
-        let outcome = tier::run(&self.rig, &self.spec);
+        let outcome = self.rig.run(&self.spec).map_err(|error| match error {
+            RigError::Failed(failed) => format!(
+                "{failed}\n--- output\n{}\n--- console\n{}",
+                failed.output, failed.console
+            ),
+            RigError::Setup(error) => format!("the rig cannot be used: {error:#}"),
+        })?;
         let mut wrong = String::new();
         if outcome.status != 0 {
             wrong += &format!("status {}\n{}\n", outcome.status, outcome.output);
         }
+        let mut all = Vec::new();
         for scene in &self.scenes {
             let said = section(&outcome.output, scene.name);
             let lacking: Vec<&String> = scene
@@ -128,8 +145,9 @@ impl Scenes {
             if !lacking.is_empty() || said.contains("FAILED") {
                 wrong += &format!("=== {}: lacking {lacking:?} in\n{said}\n", scene.name);
             }
+            all.push(said);
         }
-        assert!(wrong.is_empty(), "{wrong}");
+        if wrong.is_empty() { Ok(all) } else { Err(wrong) }
     }
 }
 

@@ -8,7 +8,6 @@
 //! It knows neither rings nor journals: `server` gives it requests and sends its answers.
 
 use crate::backend::engine::{Engine, RequestId, Started};
-use crate::backend::fence::{self, FenceError};
 use crate::backend::file::{FileBackend, OpenError, Wishes};
 use crate::backend::job::{Ended, Work};
 use crate::backend::memory::MemoryBackend;
@@ -59,14 +58,6 @@ pub enum BuildError {
         lun: u8,
         /// Why.
         source: OpenError,
-    },
-    /// A disk cannot be locked.
-    #[error("disk {lun}: {source}")]
-    Lock {
-        /// Its logical unit number.
-        lun: u8,
-        /// Why.
-        source: FenceError,
     },
     /// The numbers are not possible.
     #[error(transparent)]
@@ -120,39 +111,31 @@ impl OpenDisks {
         })
     }
 
-    /// Locks the disks against other VMs. The first server of a device does it at once, so that the operator hears
-    /// why the VM cannot start. A successor's predecessor may still hold the locks: its disks are given back, to be
-    /// locked once the lease was taken.
-    pub fn lock(&self, generation: u32) -> Result<Vec<(OwnedFd, bool)>, BuildError> {
-        let mut later = Vec::new();
-        for (lun, file, read_only) in self.files() {
-            if generation <= 1 {
-                fence::lock_disk(file, read_only, false)
-                    .map_err(|source| BuildError::Lock { lun, source })?;
-            } else {
-                let file = file.try_clone_to_owned().map_err(|error| BuildError::Disk {
-                    lun,
-                    source: OpenError::Host("duplicate its descriptor", error),
-                })?;
-                later.push((file, read_only));
-            }
-        }
-        Ok(later)
+    /// Files whose own locks prove the end of I/O. Memory disks have none: their I/O ends with the thread that does it.
+    pub fn fenced_by_lease(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.files()
+            .filter(|file| file.proves_end())
+            .map(FileBackend::file)
     }
 
-    /// The files that are served by io_uring, each with its logical unit number and whether it is only read. Memory
-    /// disks have none.
-    pub fn files(&self) -> impl Iterator<Item = (u8, BorrowedFd<'_>, bool)> {
-        self.disks.iter().filter_map(|(config, disk)| match disk {
-            OpenDisk::File(file) => Some((config.lun, file.file(), config.read_only)),
+    /// The other files. They have to be registered with the io_uring, in this order.
+    pub fn fenced_by_ring(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.files()
+            .filter(|file| !file.proves_end())
+            .map(FileBackend::file)
+    }
+
+    fn files(&self) -> impl Iterator<Item = &FileBackend> {
+        self.disks.iter().filter_map(|(_, disk)| match disk {
+            OpenDisk::File(file) => Some(file),
             OpenDisk::Memory(_) => None,
         })
     }
 }
 
 impl Controller {
-    /// A controller with these disks. The files of [`OpenDisks::files`] are registered with the io_uring from index
-    /// `first_file` on. Operations have the numbers from `number_base` on.
+    /// A controller with these disks. The files of [`OpenDisks::fenced_by_ring`] are registered with the io_uring from
+    /// index `first_file` on. Operations have the numbers from `number_base` on.
     pub fn new(
         config: &ControllerConfig,
         disks: OpenDisks,
@@ -165,8 +148,15 @@ impl Controller {
         for (disk, opened) in disks.disks {
             let backend: Box<dyn Backend> = match opened {
                 OpenDisk::File(mut file) => {
-                    file.set_registered(next_file);
-                    next_file += 1;
+                    if !file.proves_end() {
+                        file.set_registered(next_file);
+                        next_file += 1;
+                        tracing::warn!(
+                            lun = disk.lun,
+                            "the disk's file system is not one that tells when I/O is over: should this server \
+                             die, its successor waits until the kernel has torn down its io_uring"
+                        );
+                    }
                     Box::new(file)
                 }
                 OpenDisk::Memory(memory) => Box::new(memory),

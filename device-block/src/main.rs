@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use anyhow::{Result, ensure};
-use device_block::backend::fence::Lease;
+use device_block::backend::fence::Fence;
 use device_block::config::ControllerConfig;
 use device_block::controller::{Controller, OpenDisks};
 use device_block::server::{IO_NUMBER_BASE, Parts, Server, URING_SLOTS};
@@ -43,8 +43,7 @@ struct Room {
     report: String,
     io: Uring,
     controller: Controller,
-    lease: Lease,
-    disks: Vec<(OwnedFd, bool)>,
+    fence: Fence,
     vcpu: OwnedFd,
     journal: Journal,
     recorder: Option<Arc<Recorder>>,
@@ -63,16 +62,16 @@ fn prepare(start: &mut Start) -> Result<Room> {
     let recorder = start.recorder()?;
     std::mem::take(&mut start.fds).finish()?;
 
-    let lease = Lease::open(journal.as_fd())?;
+    let fence = Fence::new(journal.as_fd(), disks.fenced_by_lease())?;
     let journal = Journal::map(journal.as_fd())?;
     journal.check::<Session>()?;
-    // The lease first: index 0. The disks' files follow in order.
-    let files: Vec<_> = std::iter::once(lease.file())
-        .chain(disks.files().map(|(_, file, _)| file))
-        .collect();
+    // The journal first: index 0. The disks' files follow in order. None, if no disk needs it: see `backend::fence`.
+    let mut files: Vec<_> = disks.fenced_by_ring().collect();
+    if !files.is_empty() {
+        files.insert(0, fence.journal());
+    }
     let io = Uring::restricted(URING_SLOTS, &files)?;
     drop(files);
-    let locks = disks.lock(start.generation)?;
     let controller = Controller::new(&config, disks, 1, IO_NUMBER_BASE)?;
 
     let options = sandbox::Options {
@@ -89,8 +88,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
         report,
         io,
         controller,
-        lease,
-        disks: locks,
+        fence,
         vcpu,
         journal,
         recorder,
@@ -104,8 +102,7 @@ impl Room {
             report,
             io,
             controller,
-            lease,
-            disks,
+            fence,
             vcpu,
             journal,
             recorder,
@@ -120,8 +117,7 @@ impl Room {
             control,
             port,
             controller,
-            lease,
-            disks,
+            fence,
         };
         Ok(Server::new(parts).run()?)
     }

@@ -170,7 +170,7 @@ const KICK_SIGNAL: &[When] = &[When::OneOf {
     values: &[34],
 }];
 
-/// linux/fcntl.h. Locks, leases, owners and signals on descriptors are not needed by anyone.
+/// linux/fcntl.h. Leases, owners and signals on descriptors are not needed by anyone, locks only by one program.
 const FCNTL: &[When] = &[When::OneOf {
     argument: 1,
     values: &[
@@ -297,8 +297,15 @@ const BLOCK: &[Rule] = &[
     allow("preadv", c::SYS_preadv, ANY, "vmbus/src/mem/fdio.rs preadv"),
     allow("pwritev", c::SYS_pwritev, ANY, "vmbus/src/mem/fdio.rs pwritev"),
     allow("fallocate", c::SYS_fallocate, ANY, "device-block/src/backend/memory.rs begin"),
-    allow("flock", c::SYS_flock, ANY, "device-block/src/backend/fence.rs lock"),
+    allow("flock", c::SYS_flock, ANY, "device-block/src/backend/fence.rs flock_journal"),
+    allow("fcntl", c::SYS_fcntl, OWN_LOCK, "vmbus/src/lease.rs try_lock"),
 ];
+
+/// Of a description: takes or gives back, without waiting.
+const OWN_LOCK: &[When] = &[When::OneOf {
+    argument: 1,
+    values: &[c::F_OFD_SETLK as u32],
+}];
 
 #[rustfmt::skip] // a table: one entry a line
 const NET: &[Rule] = &[

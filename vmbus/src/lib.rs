@@ -6,6 +6,7 @@ pub mod channel;
 pub mod fault;
 pub mod ipc;
 pub mod journal;
+pub mod lease;
 // UNSAFETY: shared memory; the invariant stands at the top of mem/mod.rs.
 #[expect(unsafe_code)]
 pub mod mem;

@@ -23,6 +23,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use vmbus::lease;
 use vmbus::mem::{Durability, File, GuestSpans, OpId, OutOfRange, SharedMap, Uring, UringError};
 
 /// Limit: misaligned requests in flight. They come from tools, one at a time.
@@ -71,6 +72,7 @@ pub struct FileBackend {
     file: OwnedFd,
     /// Index in the io_uring's table, once it is there.
     registered: Option<u32>,
+    proves_end: bool,
     geometry: Geometry,
     is_block_device: bool,
     logical_bytes: u32,
@@ -103,9 +105,11 @@ impl FileBackend {
             None
         };
         let granularity = physical_bytes.max(if is_block_device { logical_bytes } else { 4096 });
+        let proves_end = lease::proves_end(file.as_fd());
         Ok(Self {
             file,
             registered: None,
+            proves_end,
             geometry: Geometry {
                 size_bytes,
                 physical_block_bytes: physical_bytes,
@@ -125,6 +129,12 @@ impl FileBackend {
     /// The open file.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Whether the file's lease tells when I/O is over ([`lease::proves_end`]). It does so only if the file is not
+    /// registered.
+    pub fn proves_end(&self) -> bool {
+        self.proves_end
     }
 
     /// The file has this index in the io_uring's table of registered files.

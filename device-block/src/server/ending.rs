@@ -1,9 +1,7 @@
 //! Channels that end, and the end of all.
 
 use super::{Channel, Server, ServerError};
-use crate::backend::fence;
 use crate::controller::Controller;
-use std::os::fd::AsFd;
 use vmbus::channel::Endpoint;
 
 /// Whether a channel ends, and why.
@@ -111,10 +109,7 @@ impl Server {
 
     /// Lets a successor serve before this process has ended. Nothing is in flight.
     pub(super) fn release(&mut self) -> Result<(), ServerError> {
-        for (disk, _) in &self.disks {
-            fence::unlock_disk(disk.as_fd())?;
-        }
-        self.lease.release()?;
+        self.fence.release()?;
         Ok(self.control.released()?)
     }
 }

@@ -2,9 +2,9 @@
 
 use super::ending::Ending;
 use super::{Channel, KIND_SHIFT, Server, ServerError};
-use crate::backend::fence;
 use crate::storvsp::session::Session;
 use std::os::fd::AsFd;
+use std::time::Duration;
 use vmbus::channel::{Endpoint, PortEvent};
 use vmbus::ipc::server_start::ControlRequest;
 use vmbus::mem::{File, OpId, Uring, UringError};
@@ -15,6 +15,10 @@ const KIND_CONTROL: u64 = 2;
 const KIND_PORT: u64 = 3;
 /// In the number of a socket's poll: it is for room to write.
 const FOR_ROOM: u64 = 1;
+
+/// Between two looks at a predecessor's locks.
+const FIRST_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(2);
 
 impl Server {
     /// An operation other than disk I/O reports something; with `more`, it will again.
@@ -43,16 +47,34 @@ impl Server {
     }
 
     fn on_control(&mut self, for_room: bool, more: bool) -> Result<(), ServerError> {
+        self.hear_supervisor()?;
+        if for_room {
+            self.control_waits = false;
+        } else if !more {
+            self.arm_control()?;
+        }
+        Ok(())
+    }
+
+    fn hear_supervisor(&mut self) -> Result<(), ServerError> {
         for request in self.control.on_readable().map_err(ServerError::Supervisor)? {
             match request {
                 ControlRequest::Stop => self.stopping = true,
                 ControlRequest::Inspect => self.control.inspect(self.inspect())?,
             }
         }
-        if for_room {
-            self.control_waits = false;
-        } else if !more {
-            self.arm_control()?;
+        Ok(())
+    }
+
+    /// Waits until the predecessor's I/O is over. The supervisor says that a server may serve once it has seen that itself,
+    /// so as a rule there is nothing to wait for. If there is, the supervisor gets its answers meanwhile.
+    fn wait_for_predecessor(&mut self) -> Result<(), ServerError> {
+        let mut pause = FIRST_PAUSE;
+        while !self.fence.try_take()? {
+            self.hear_supervisor()?;
+            // The kernel has no event for the end of a lock that could be waited for together with a socket.
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
         }
         Ok(())
     }
@@ -74,11 +96,8 @@ impl Server {
             PortEvent::Attached => self.control.warm()?,
             PortEvent::Serve => {
                 // Before anything of the predecessor's is looked at.
-                self.lease.wait()?;
+                self.wait_for_predecessor()?;
                 self.port.journal().claim::<Session>();
-                for (disk, read_only) in &self.disks {
-                    fence::lock_disk(disk.as_fd(), *read_only, true)?;
-                }
                 tracing::info!("serves");
             }
             PortEvent::ChannelOpened(endpoint, recovered) => {

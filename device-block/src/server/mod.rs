@@ -36,11 +36,10 @@ mod events;
 mod requests;
 
 use crate::backend::engine::{MAX_ACTIVE, RequestId};
-use crate::backend::fence::{FenceError, Lease};
+use crate::backend::fence::{Fence, FenceError};
 use crate::controller::Controller;
 use ending::Ending;
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::OwnedFd;
 use vmbus::channel::{Endpoint, MAX_CHANNELS, Port, RecoveredRequest, Token};
 use vmbus::ipc::server_start::Control;
 use vmbus::ipc::{PeerFault, SendError};
@@ -95,10 +94,8 @@ pub struct Parts {
     pub port: Port,
     /// The controller that is served.
     pub controller: Controller,
-    /// Registered with `io`, not yet taken.
-    pub lease: Lease,
-    /// Disks that are still to be locked against other VMs, and whether they are only read.
-    pub disks: Vec<(OwnedFd, bool)>,
+    /// Not yet taken.
+    pub fence: Fence,
 }
 
 /// The server of one controller.
@@ -107,8 +104,7 @@ pub struct Server {
     control: Control,
     port: Port,
     controller: Controller,
-    lease: Lease,
-    disks: Vec<(OwnedFd, bool)>,
+    fence: Fence,
     channels: BTreeMap<u16, Channel>,
     /// What each request at the disks owes to whom.
     owed: Vec<Option<(u16, Token)>>,
@@ -145,16 +141,14 @@ impl Server {
             control,
             port,
             controller,
-            lease,
-            disks,
+            fence,
         } = parts;
         Self {
             io,
             control,
             port,
             controller,
-            lease,
-            disks,
+            fence,
             channels: BTreeMap::new(),
             owed: (0..MAX_ACTIVE).map(|_| None).collect(),
             replays: VecDeque::new(),

@@ -2,8 +2,9 @@
 
 use super::Initiator;
 use crate::config::ControllerConfig;
+use rustix::fs::OFlags;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vmbus::vsc::{ChannelOptions, GuestOptions, PlayedSupervisor, StartOptions, SyntheticGuest, VscError};
@@ -173,8 +174,11 @@ fn launch(
         identity: Identity::own(0),
     })?;
     let mut supervisor = PlayedSupervisor::new(control);
+    // As the supervisor does: a description for this server alone, which its I/O is known by.
+    let disks = disks.iter().map(|(name, fd)| Ok((name.as_str(), open_anew(fd)?)));
+    let disks = disks.collect::<std::io::Result<Vec<_>>>()?;
     let mut fds = vec![("vcpu", child_vcpu.as_fd()), ("journal", journal.as_fd())];
-    fds.extend(disks.iter().map(|(name, fd)| (name.as_str(), fd.as_fd())));
+    fds.extend(disks.iter().map(|(name, fd)| (*name, fd.as_fd())));
     supervisor.start(start, &fds)?;
     let report = supervisor.wait_ready(deadline())?;
     Ok(Running {
@@ -183,4 +187,12 @@ fn launch(
         vcpu,
         report,
     })
+}
+
+/// With the same rights.
+fn open_anew(fd: &OwnedFd) -> std::io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let rights = rustix::fs::fcntl_getfl(fd)? & OFlags::RWMODE;
+    let file = rustix::fs::open(path, rights | OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
+    Ok(file)
 }

@@ -208,24 +208,6 @@ fn a_server_that_is_told_to_stop_ends_in_peace() {
 }
 
 #[test]
-fn a_disk_that_another_vm_uses_is_refused() {
-    let file = image(1 << 20);
-    let _first = room(&file);
-    let config = controller(DiskConfig { ..disk_config() });
-    let second = device_block::vsc::Room::new(
-        program(),
-        &config,
-        vec![("disk".into(), open(file.path()))],
-        Default::default(),
-    );
-    let refused = second.expect_err("it must not start").to_string();
-    assert!(
-        refused.contains("disk 0: another program holds it locked"),
-        "{refused}"
-    );
-}
-
-#[test]
 fn a_disk_that_cannot_be_used_is_refused_with_a_sentence() {
     let start = |disk: DiskConfig, fd| {
         let rooms = device_block::vsc::Room::new(

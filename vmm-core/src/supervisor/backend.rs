@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use sandbox::{Identity, Namespaces, Spawn};
+use vmbus::lease::{self, Place};
 use vmbus::mem::sealed_memfd;
 
 use super::plan::Backend;
@@ -22,7 +23,8 @@ use crate::spec::Size;
 /// A backend that is held open for all servers of a room.
 #[derive(Debug)]
 pub enum Held {
-    /// Opened by O_PATH: each server gets a description of its own, so that locks and flags are its own.
+    /// Each server gets a description of its own, so that locks and flags are its own; the lock that makes this VM the
+    /// disk's owner is on ours ([`vmbus::lease`]).
     File {
         path: PathBuf,
         handle: OwnedFd,
@@ -61,6 +63,40 @@ impl Held {
         Ok((Held::Passt(stream), process))
     }
 
+    /// Keeps other VMs away from a disk, for as long as `self` lives.
+    pub fn own(&self) -> Result<()> {
+        let Held::File {
+            path,
+            handle,
+            read_only,
+        } = self
+        else {
+            return Ok(());
+        };
+        let shown = path.display();
+        match lease::own(handle.as_fd()) {
+            Ok(true) => Ok(()),
+            Ok(false) if *read_only => bail!(
+                "the disk {shown} is in use by a VM that may write it: end that one, or have it say readonly, too"
+            ),
+            Ok(false) => {
+                bail!("the disk {shown} is in use by another VM: end that one, or have both say readonly")
+            }
+            Err(errno) => bail!("cannot lock the disk {shown}: {}", errno.desc()),
+        }
+    }
+
+    /// Whether no I/O of the last server of the device with this journal is in flight, as far as locks on its disk tell.
+    pub fn is_free(&self, journal: BorrowedFd<'_>) -> bool {
+        match self {
+            // Where locks prove nothing, servers do not use them, and a look at one may wait for another host.
+            Held::File { handle, .. } if lease::proves_end(handle.as_fd()) => Place::lease(journal)
+                .and_then(|place| lease::is_free(handle.as_fd(), place))
+                .unwrap_or(false),
+            Held::File { .. } | Held::Memory(_) | Held::Tap(_) | Held::Passt(_) => true,
+        }
+    }
+
     /// The descriptor for a server that is started now.
     pub fn for_server(&self) -> Result<OwnedFd> {
         match self {
@@ -85,12 +121,13 @@ fn reopen(handle: &OwnedFd, read_only: bool) -> io::Result<OwnedFd> {
 
 fn open_disk(path: &Path, read_only: bool) -> Result<Held> {
     let shown = path.display();
-    let handle = OpenOptions::new()
+    // Looked at before it is opened: opening some devices does something to them.
+    let named = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH)
         .open(path)
         .with_context(|| format!("cannot open the disk {shown}"))?;
-    let metadata = handle
+    let metadata = named
         .metadata()
         .with_context(|| format!("cannot look at the disk {shown}"))?;
     let kind = metadata.file_type();
@@ -106,31 +143,20 @@ fn open_disk(path: &Path, read_only: bool) -> Result<Held> {
             metadata.len()
         );
     }
-    let held = Held::File {
-        path: path.to_owned(),
-        handle: handle.into(),
-        read_only,
-    };
-    match held.for_server() {
-        Ok(_) => Ok(held),
-        Err(error) => {
-            let refused = error.downcast_ref::<io::Error>().is_some_and(|error| {
-                matches!(
-                    error.kind(),
-                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
-                )
-            });
-            if refused && !read_only {
-                bail!(
-                    "the disk {shown} may not be written by this user: change its permissions, or say readonly"
-                );
-            }
-            if refused {
-                bail!("the disk {shown} may not be read by this user: change its permissions");
-            }
-            Err(error)
+    let handle = reopen(&named.into(), read_only).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem if !read_only => anyhow!(
+            "the disk {shown} may not be written by this user: change its permissions, or say readonly"
+        ),
+        io::ErrorKind::PermissionDenied => {
+            anyhow!("the disk {shown} may not be read by this user: change its permissions")
         }
-    }
+        _ => anyhow!("cannot open the disk {shown} again: {error}"),
+    })?;
+    Ok(Held::File {
+        path: path.to_owned(),
+        handle,
+        read_only,
+    })
 }
 
 /// Two disks on one file would overwrite each other. Positions are those of `held`.
@@ -317,6 +343,45 @@ mod tests {
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).expect("read");
             assert_eq!(bytes.len(), 1024);
+        }
+    }
+
+    #[test]
+    fn a_disk_belongs_to_one_vm_or_to_several_that_only_read_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk");
+        std::fs::write(&path, [7; 1024]).expect("written");
+        let open = |read_only| open_disk(&path, read_only).expect("a disk");
+        let refused = |held: &Held| held.own().expect_err("refused").to_string();
+        let first = open(false);
+        first.own().expect("nobody has it");
+        // What its servers get is not the lock, and their end does not end it.
+        drop(first.for_server().expect("opened again"));
+        assert!(refused(&open(false)).contains("is in use by another VM"));
+        assert!(refused(&open(true)).contains("is in use by a VM that may write it"));
+        drop(first);
+        let readers = [open(true), open(true)];
+        readers
+            .iter()
+            .for_each(|reader| reader.own().expect("shared to read"));
+        assert!(refused(&open(false)).contains("is in use by another VM"));
+    }
+
+    #[test]
+    fn a_disk_is_free_when_its_servers_description_is_closed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk");
+        std::fs::write(&path, [7; 1024]).expect("written");
+        let journal = sealed_memfd("journal", 4096).expect("a memfd");
+        let place = Place::lease(journal.as_fd()).expect("a place");
+        for read_only in [false, true] {
+            let held = open_disk(&path, read_only).expect("a disk");
+            let server = held.for_server().expect("opened again");
+            assert!(held.is_free(journal.as_fd()));
+            assert_eq!(lease::try_lock(server.as_fd(), place), Ok(true));
+            assert!(!held.is_free(journal.as_fd()));
+            drop(server);
+            assert!(held.is_free(journal.as_fd()));
         }
     }
 

@@ -5,12 +5,16 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 use super::process::Process;
 use super::room::{RoomState, Server};
 use super::timers::Timer;
 use super::{Part, Phase, START_DEADLINE, Source, Supervisor, report};
+
+/// Longer ones are waited for in parts.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 impl Supervisor {
     /// Waits for events and handles them.
@@ -28,15 +32,12 @@ impl Supervisor {
 
     pub(super) fn wait(&self) -> Result<Vec<(Source, PollFlags)>> {
         let (sources, mut fds): (Vec<Source>, Vec<PollFd<'_>>) = self.sources().into_iter().unzip();
-        let timeout = match self.timers.next() {
-            None => PollTimeout::NONE,
-            Some(next) => {
-                let left = next.saturating_duration_since(Instant::now());
-                // Rounded up: a timer that is not quite due would make the loop spin.
-                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-            }
-        };
-        match poll(&mut fds, timeout) {
+        // Not in milliseconds, as `poll(2)` counts: a guest waits for some of these timers.
+        let timeout = self.timers.next().map(|next| {
+            let left = next.saturating_duration_since(Instant::now());
+            TimeSpec::from_duration(left.min(LONGEST_WAIT))
+        });
+        match ppoll(&mut fds, timeout, None) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => bail!("poll failed: {}", errno.desc()),
         }

@@ -15,8 +15,9 @@
 //! cleaned, and a child that says nonsense is killed. It maps no guest memory.
 //!
 //! *Fencing*: a process's end does not end the I/O that the kernel does on its behalf. A server that has such I/O holds
-//! a lock on its journal by a descriptor that its io_uring holds, too; so whoever gets that lock knows that the last
-//! request is over. Only then is `bulkhead-vcpu` told that the server is gone, and a successor started.
+//! locks on its disks' descriptions, which each generation has for itself and which requests in flight keep open, and one on
+//! its journal; so whoever finds them free knows that the last request is over. Only then is `bulkhead-vcpu` told that the
+//! server is gone, and a successor started. A lock of the supervisor's own keeps other VMs away from the disk all the time.
 //!
 //! | file | what |
 //! | --- | --- |

@@ -92,6 +92,7 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             second + 1
         );
     }
+    disks.into_iter().try_for_each(Held::own)?;
     Ok(rooms)
 }
 
@@ -243,6 +244,11 @@ impl RoomState {
 
     /// Whether nothing that the dead server began is still under way: see the theory of [`super`].
     pub fn is_fenced(&self) -> bool {
+        if let Some(held) = &self.held
+            && !held.is_free(self.journal.as_fd())
+        {
+            return false;
+        }
         // A description of its own: a lock belongs to it, not to the file.
         let path = format!("/proc/self/fd/{}", self.journal.as_raw_fd());
         let Ok(journal) = std::fs::OpenOptions::new().read(true).write(true).open(path) else {

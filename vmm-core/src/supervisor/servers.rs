@@ -12,6 +12,11 @@ use super::room::Server;
 use super::timers::Timer;
 use super::{MESSAGES_PER_TURN, Phase, START_DEADLINE, Supervisor, policy, process, report};
 
+/// Between two looks whether a dead server's I/O is over. As a rule it is after some hundred microseconds; on a disk that
+/// does not answer it can take minutes.
+const SHORTEST_FENCE_PAUSE: Duration = Duration::from_micros(50);
+const LONGEST_FENCE_PAUSE: Duration = Duration::from_millis(100);
+
 impl Supervisor {
     pub(super) fn on_server_control(&mut self, index: usize) {
         for _ in 0..MESSAGES_PER_TURN {
@@ -107,7 +112,7 @@ impl Supervisor {
         };
         if !room.is_fenced() {
             let waited = since.elapsed();
-            let pause = (waited / 4).clamp(Duration::from_millis(1), Duration::from_millis(100));
+            let pause = (waited / 4).clamp(SHORTEST_FENCE_PAUSE, LONGEST_FENCE_PAUSE);
             self.timers
                 .set(Instant::now() + pause, Timer::Fence { room: index });
             return;

@@ -40,10 +40,10 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    // The supervisor of a VM whose processors are played starts this program under that name.
+    // The supervisor of a VM whose processors are played starts this program under other names.
     let name = std::env::args().next().unwrap_or_default();
-    if name.rsplit('/').next() == Some(kill::played::NAME) {
-        return kill::played::main();
+    if let Some(code) = kill::played::main(&name) {
+        return code;
     }
     let result = match Arguments::parse().command {
         Task::Rig(command) => guarded(|| xtask::rig::main(command)),

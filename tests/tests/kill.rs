@@ -4,13 +4,15 @@
 use bulkhead_tests::tier;
 use std::process::Command;
 
-#[test]
-fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
+/// Runs `cargo xtask kill`; its last line begins with `begins`, and nothing went wrong.
+fn kills(args: &[&str], begins: &str) {
     let (Some(programs), Some(_)) = (tier::programs(), tier::kvm()) else {
         return;
     };
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .args(["kill", "--server", "block", "--count", "2000", "--programs"])
+        .arg("kill")
+        .args(args)
+        .arg("--programs")
         .arg(&programs)
         .output()
         .expect("cargo builds xtask before its tests");
@@ -21,8 +23,21 @@ fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
     println!("{said}");
     assert!(output.status.success(), "{said}\n{complained}");
     let last = said.lines().last().unwrap_or_default();
-    assert!(
-        last.starts_with("kill block kills=2000 lost=0 double=0 wrong=0 "),
-        "{last}"
+    assert!(last.starts_with(begins), "{last}");
+}
+
+#[test]
+fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
+    kills(
+        &["--server", "block", "--count", "2000"],
+        "kill block kills=2000 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_five_hundred_deaths_of_bulkhead_net() {
+    kills(
+        &["--server", "net", "--count", "500"],
+        "kill net kills=500 lost=0 double=0 wrong=0 ",
     );
 }

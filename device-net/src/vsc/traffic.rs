@@ -37,6 +37,9 @@ pub struct Outgoing {
     pages: Vec<Gpa>,
 }
 
+/// What is missing when a packet is completed that is not under way: it was completed before, or never sent.
+pub(super) const UNASKED: &str = "packet for a completion";
+
 /// RNDIS messages in one packet begin at multiples of this (INITIALIZE_COMPLETE).
 const ALIGNMENT: usize = 8;
 
@@ -307,7 +310,7 @@ impl Driver {
         match packet.kind {
             PacketKind::COMPLETION => {
                 let outgoing = self.outstanding[channel].remove(&packet.transaction_id);
-                let Outgoing { section, pages } = outgoing.ok_or(wrong("packet for a completion"))?;
+                let Outgoing { section, pages } = outgoing.ok_or(wrong(UNASKED))?;
                 self.free_sections.extend(section);
                 self.free_pages.extend(pages);
                 match HostMessage::parse(packet.payload) {

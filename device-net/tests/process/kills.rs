@@ -43,10 +43,12 @@ fn under_load(options: DriverOptions, ends: &[End], seed: u64) -> (Tally, u64) {
             while Instant::now() < moment {
                 std::hint::spin_loop();
             }
+            watch.dying();
             match end {
                 End::Kill => room.kill().expect("killed"),
                 End::Stop => assert!(room.stop().expect("it ends").is_success()),
             }
+            watch.dead();
             room.start_successor().expect("the successor attaches");
             slowest = slowest.max(watch.take_slowest());
         }
@@ -65,7 +67,7 @@ fn under_load(options: DriverOptions, ends: &[End], seed: u64) -> (Tally, u64) {
             .map_err(|error| error.to_string())?;
         free.parse::<u32>().map_err(|error| error.to_string())
     };
-    let tally = load.finish(free, deadline).expect("all is answered");
+    let tally = load.finish(&watch, free, deadline).expect("all is answered");
     println!("seed {seed:#x}, slowest {slowest} us: {}", load.describe());
     assert!(tally.is_clean(), "seed {seed:#x}: {}", load.describe());
     assert_eq!((tally.completed, tally.answers), (tally.packets, tally.requests));

@@ -12,12 +12,13 @@ pub mod rig;
 pub mod ring;
 mod storvsp;
 
-use crate::rig::workspace_root;
-use anyhow::{Context, Result, bail, ensure};
+use crate::release;
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::Serialize;
+use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 /// `cargo xtask bench …`
 #[derive(Debug, Args)]
@@ -174,26 +175,13 @@ pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
 
 /// `cargo xtask` itself is built for quick building; what is measured must be built for speed.
 fn again_optimized(arguments: &BenchArguments) -> Result<ExitCode> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--quiet", "--release", "--workspace", "--bins"])
-        .current_dir(workspace_root())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "the benchmarks do not build");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
-    let mut command = Command::new(target.join("release/xtask"));
-    command.args(["bench", "--optimized"]).args(&arguments.names);
+    let programs = release::build_all()?;
+    let mut args: Vec<OsString> = vec!["bench".into(), "--optimized".into()];
+    args.extend(arguments.names.iter().map(OsString::from));
     if let Some(path) = &arguments.json {
-        command.arg("--json").arg(path);
+        args.extend(["--json".into(), path.into()]);
     }
-    let status = command.status().context("cannot run the optimized xtask")?;
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    release::run_xtask(&programs, args)
 }
 
 #[cfg(test)]

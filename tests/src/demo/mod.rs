@@ -8,8 +8,8 @@
 mod here;
 mod page;
 
+use crate::release;
 use crate::rig::{FileSource, Rig, RigError, RigSpec};
-use crate::xtask::rig::build_our_programs;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ pub fn main(arguments: DemoArguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     println!("demo: building bulkhead");
-    let programs = build_our_programs()?;
+    let programs = release::build_programs()?;
     let rig = Rig::build()?;
     if linux_boots_here(&programs)? {
         println!("demo: this host runs Linux guests itself");

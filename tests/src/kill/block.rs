@@ -137,12 +137,13 @@ impl<'a> Load<'a> {
     }
 
     /// Sends and checks until `stop` is set and everything is answered; then looks at every place.
-    pub fn run(mut self, stop: &AtomicBool) -> Result<()> {
+    pub fn run(mut self, stop: &AtomicBool) -> Result<String> {
         if let Err(error) = self.send_and_take(stop) {
             self.wrong(format_args!("{error:#}"));
-            return Ok(());
+        } else {
+            self.look_at_all()?;
         }
-        self.look_at_all()
+        Ok(String::new())
     }
 
     /// Sends what there is room for and takes what is there, until nothing is under way and nothing is wanted.

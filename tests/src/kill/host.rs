@@ -28,7 +28,11 @@ pub struct Host<'a> {
 
 impl<'a> Host<'a> {
     /// Goes from the supervisor's `Start`, which [`super::played`] has read, to `Run`.
-    pub fn start(supervisor: Socket, options: GuestOptions, timeline: &'a Timeline) -> Result<Self> {
+    pub fn start(
+        supervisor: Socket,
+        options: GuestOptions,
+        (faults, timeline): (&Faults, &'a Timeline),
+    ) -> Result<Self> {
         let mut this = Self {
             supervisor,
             timeline,
@@ -46,7 +50,7 @@ impl<'a> Host<'a> {
                 this.supervisor.send(&VcpuToSupervisor::Started, &[])?;
                 return Ok(this);
             }
-            this.on_message(message, fds)?;
+            this.on_message(message, fds, faults)?;
         }
     }
 
@@ -56,7 +60,7 @@ impl<'a> Host<'a> {
         while !stop.load(Ordering::Relaxed) {
             wait_readable(&self.supervisor, Some(Instant::now() + LOOK))?;
             while let Some((message, fds)) = self.supervisor.recv::<SupervisorToVcpu>()? {
-                self.on_message(message, fds)?;
+                self.on_message(message, fds, faults)?;
             }
             // A server that is dead says nothing more; that it is, the supervisor says.
             while let Ok(Some(message)) = self.guest.next_message() {
@@ -81,7 +85,12 @@ impl<'a> Host<'a> {
         Ok(())
     }
 
-    fn on_message(&mut self, message: SupervisorToVcpu, mut fds: Vec<OwnedFd>) -> Result<()> {
+    fn on_message(
+        &mut self,
+        message: SupervisorToVcpu,
+        mut fds: Vec<OwnedFd>,
+        faults: &Faults,
+    ) -> Result<()> {
         match message {
             SupervisorToVcpu::AddDevice { device: 0, .. } => {
                 self.generation = 1;
@@ -98,9 +107,15 @@ impl<'a> Host<'a> {
                 self.attach(link)
             }
             SupervisorToVcpu::ServerGone { device: 0, .. } => {
-                self.timeline.phase(0);
+                if !self.timeline.gone() {
+                    faults.count(Fault::Wrong, format_args!("a server died that nobody had killed"));
+                }
                 self.guest.server_gone();
                 Ok(())
+            }
+            SupervisorToVcpu::Inspect => {
+                let nothing = VcpuToSupervisor::Inspect { entries: Vec::new() };
+                Ok(self.supervisor.send(&nothing, &[])?)
             }
             other => bail!("the supervisor says {} to a VM with one device", other.name()),
         }

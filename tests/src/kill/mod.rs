@@ -9,45 +9,49 @@
 //! ```
 //!
 //! Supervisor and servers are the programs that are shipped, with their sandboxes. Only `bulkhead-vcpu` is played
-//! ([`played`]), so that no processor is needed and a kill costs milliseconds. The guest's driver is
-//! the one that the servers' own tests use.
+//! ([`played`]), so that no processor is needed and a kill costs milliseconds; and, for a network interface, passt. The
+//! guest's drivers are those that the servers' own tests use.
 //!
 //! Moments of death come from a seed: mostly some time after the last death was got over, so that each stall is that of
 //! one death; every eighth some time after the last kill, whatever the successor is doing then: starting, locking itself
 //! in, replaying. The same seed gives the same plan; what the processes do at those moments is up to the machine.
+//!
+//! Nothing grows with the number of kills but some hundred bytes of each in [`timeline`]. Ctrl-C ends a long run as if all
+//! had been done, with the figures so far; the exit status is then 1, as with any fault.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `vm.rs`, `played.rs` | the supervisor, its played child, and how all of it ends |
 //! | `host.rs` | what the supervisor says to `bulkhead-vcpu` |
 //! | `timeline.rs` | kills, and the stalls that they cause |
+//! | `drive.rs` | the threads, and who is killed when |
 //! | `block.rs`, `pattern.rs` | load on a disk, and what its blocks must hold |
+//! | `net.rs` | load on a network interface, and what its packets, frames and credits must be |
 //! | `faults.rs` | lost, double, wrong |
 //! | `rig.rs`, `rig-guest.sh`, `rig-host.sh` | the same under a real Linux guest, in the rig |
 
 #![forbid(unsafe_code)]
 
 mod block;
+mod drive;
 mod faults;
 mod host;
+mod net;
 mod pattern;
 pub mod played;
 pub mod rig;
 mod timeline;
 mod vm;
 
-use crate::rig::workspace_root;
-use anyhow::{Context, Result, bail, ensure};
+use crate::release;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use drive::{Job, Killer, catch_ctrl_c, under_load};
 use faults::Faults;
 use host::Host;
-use pattern::Random;
-use rustix::process::Signal;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
+use std::time::Duration;
 use timeline::{PHASES, Stalls, Timeline, histogram, quantile};
 use vm::Vm;
 use vmbus::vsc::GuestOptions;
@@ -58,15 +62,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Requests under way on each channel.
 const DEPTH: u64 = 32;
 
-/// Channels of a disk: the primary and three more.
+/// Channels of a device: the primary and three more.
 const CHANNELS: u16 = 4;
-
-/// One kill in so many comes without waiting for the last one to be got over.
-const CHAINED: u64 = 8;
-
-/// Longest time from a server's recovery to the next kill, and from a kill to a chained one.
-const LOAD: Duration = Duration::from_millis(6);
-const RECOVERY: Duration = Duration::from_millis(30);
 
 /// Requests that must be completed between two kills that are not chained.
 const LOAD_REQUESTS: u64 = 256;
@@ -134,8 +131,8 @@ impl KillArguments {
 /// Runs the kills.
 pub fn main(arguments: KillArguments) -> Result<ExitCode> {
     let Some(programs) = &arguments.programs else {
-        let programs = build()?;
-        return run_again(&programs, &arguments.again(&programs));
+        let programs = release::build_all()?;
+        return release::run_xtask(&programs, arguments.again(&programs));
     };
     let seed = arguments.seed.unwrap_or_else(|| {
         let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
@@ -144,136 +141,99 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
     if arguments.rig {
         return rig::main(rig::Act::Kill, arguments.server, arguments.count, seed, programs);
     }
-    let (faults, stalls) = match arguments.server {
-        ServerKind::Block => kill_block(programs, &arguments, seed)?,
-        ServerKind::Net => bail!("bulkhead-net cannot be killed yet"),
-    };
+    let Seen {
+        faults,
+        stalls,
+        notes,
+    } = kill(programs, &arguments, seed)?;
     print_stalls(&stalls);
-    println!("{}", line("kill block", "kills", &faults, &stalls, seed));
-    Ok(if faults == [0; 3] {
+    notes
+        .iter()
+        .filter(|note| !note.is_empty())
+        .for_each(|note| println!("{note}"));
+    let what = format!("kill {}", arguments.server.name());
+    println!("{}", line(&what, "kills", &faults, &stalls, seed));
+    let is_whole = stalls.under_way.len() as u64 == arguments.count;
+    Ok(if faults == [0; 3] && is_whole {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
 }
 
-fn kill_block(programs: &Path, arguments: &KillArguments, seed: u64) -> Result<([u64; 3], Stalls)> {
+/// What a run of kills has shown.
+struct Seen {
+    faults: [u64; 3],
+    stalls: Stalls,
+    notes: Vec<String>,
+}
+
+fn kill(programs: &Path, arguments: &KillArguments, seed: u64) -> Result<Seen> {
+    let ctrl_c = catch_ctrl_c()?;
     let image = tempfile::Builder::new()
         .prefix("bulkhead-kill-disk-")
         .tempfile_in(&arguments.folder)
         .with_context(|| format!("cannot make a disk in {}", arguments.folder.display()))?;
     image.as_file().set_len(block::disk_bytes(CHANNELS))?;
-    let flags = [
-        format!("--vcpus={CHANNELS}"),
-        format!("--disk=path={}", image.path().display()),
-    ];
-    let (mut vm, supervisor) = Vm::start(programs, &flags)?;
+    let (device, flag, channels) = match arguments.server {
+        ServerKind::Block => (
+            "disk0",
+            format!("--disk=path={}", image.path().display()),
+            CHANNELS,
+        ),
+        ServerKind::Net => ("net0", format!("--net=user,queues={CHANNELS}"), 1),
+    };
+    let (mut vm, supervisor) = Vm::start(programs, &[format!("--vcpus={CHANNELS}"), flag])?;
     let options = GuestOptions {
         ram_bytes: 64 << 20,
         vp_count: CHANNELS,
     };
-    let (faults, timeline) = (Faults::default(), Timeline::new(usize::from(CHANNELS)));
-    let mut host = Host::start(supervisor, options, &timeline)
+    let (faults, timeline) = (Faults::default(), Timeline::new(usize::from(channels)));
+    let shared = (&faults, &timeline);
+    let mut host = Host::start(supervisor, options, shared)
         .with_context(|| format!("the VM does not start: {}", vm.last_lines()))?;
-    let initiators = block::open_channels(&mut host, CHANNELS)?;
-    let mut loads = Vec::new();
-    for (channel, initiator) in initiators.into_iter().enumerate() {
-        let shared = (&faults, &timeline);
-        loads.push(block::Load::new(
-            &mut host,
-            channel,
-            initiator,
-            image.as_file(),
-            shared,
-            seed,
-        )?);
-    }
-    let (stop_load, stop_host) = (AtomicBool::new(false), AtomicBool::new(false));
-    let killed = thread::scope(|scope| -> Result<()> {
-        let hosting = scope.spawn(|| host.serve(&stop_host, &faults));
-        let loading: Vec<_> = loads
-            .into_iter()
-            .map(|load| scope.spawn(|| load.run(&stop_load)))
-            .collect();
-        let killed = kill_all(&mut vm, "disk0", arguments.count, seed, (&faults, &timeline));
-        // Ordering: flags; what they say needs nothing else to be seen.
-        stop_load.store(true, Ordering::Relaxed);
-        let loads = loading.into_iter().map(|load| load.join());
-        let loads: Vec<_> = loads.collect();
-        stop_host.store(true, Ordering::Relaxed);
-        let hosted = hosting.join();
-        for load in loads {
-            load.map_err(|_| anyhow::anyhow!("a thread of the load has panicked"))??;
+    let killer = Killer {
+        device,
+        count: arguments.count,
+        seed,
+        faults: &faults,
+        timeline: &timeline,
+        ctrl_c: &ctrl_c,
+    };
+    let done = match arguments.server {
+        ServerKind::Block => {
+            let initiators = block::open_channels(&mut host, CHANNELS)?;
+            let mut jobs: Vec<Job<'_>> = Vec::new();
+            for (channel, initiator) in initiators.into_iter().enumerate() {
+                let load = block::Load::new(&mut host, channel, initiator, image.as_file(), shared, seed)?;
+                jobs.push(Box::new(|stop| load.run(stop)));
+            }
+            under_load(&mut host, &faults, jobs, || {
+                killer.run(&mut vm, u64::MAX, || Ok(()))
+            })
         }
-        hosted.map_err(|_| anyhow::anyhow!("the played bulkhead-vcpu has panicked"))??;
-        killed
-    });
-    killed.with_context(|| format!("after {} kills: {}", timeline.kills(), vm.last_lines()))?;
+        ServerKind::Net => {
+            let network = vm.network()?;
+            let driver = net::open(&mut host, CHANNELS)?;
+            let (load, auditor) = net::Load::new(driver, network, vm.connect()?, shared, seed)?;
+            let jobs: Vec<Job<'_>> = vec![Box::new(|stop| load.run(stop))];
+            let audit = || auditor.audit();
+            under_load(&mut host, &faults, jobs, || {
+                killer.run(&mut vm, net::AUDIT, audit)
+            })
+        }
+    };
+    let notes = done.with_context(|| format!("after {} kills: {}", timeline.kills(), vm.last_lines()))?;
     if faults.any() {
         eprintln!("the supervisor said last: {}", vm.last_lines());
     }
     host.power_off()?;
     vm.end()?;
-    Ok((faults.counts(), timeline.stalls()))
-}
-
-/// Kills the server of `device` so many times, and waits until the last death is got over.
-fn kill_all(
-    vm: &mut Vm,
-    device: &str,
-    count: u64,
-    seed: u64,
-    (faults, timeline): (&Faults, &Timeline),
-) -> Result<()> {
-    let mut random = Random::new(seed, u64::MAX);
-    let mut pause = |most: Duration| {
-        // This is the moment of death, not a synchronization.
-        thread::sleep(Duration::from_micros(random.below(most.as_micros() as u64)));
-    };
-    let mut chooser = Random::new(seed, u64::MAX - 1);
-    get_over(timeline, faults)?;
-    for _ in 0..count {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            ensure!(Instant::now() < deadline, "{device} has no server");
-            let Some(victim) = vm.server(device)? else {
-                thread::yield_now();
-                continue;
-            };
-            timeline.kill();
-            if victim.signal(Signal::KILL)? {
-                break;
-            }
-            // It died of an earlier kill, and its end is not noticed yet.
-            timeline.take_back();
-        }
-        if chooser.below(CHAINED) == 0 {
-            pause(RECOVERY);
-        } else {
-            if !get_over(timeline, faults)? {
-                return Ok(());
-            }
-            pause(LOAD);
-        }
-    }
-    get_over(timeline, faults)?;
-    Ok(())
-}
-
-/// Waits until everything that was under way at the last kill, and some more, is answered. `false`: a fault was seen,
-/// and more kills would only hide it.
-fn get_over(timeline: &Timeline, faults: &Faults) -> Result<bool> {
-    let deadline = Instant::now() + 2 * PATIENCE;
-    while !faults.any() {
-        if timeline.wait_over(LOAD_REQUESTS, Instant::now() + Duration::from_secs(1)) {
-            return Ok(true);
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "requests under way at a kill are not answered, and their threads do not say so"
-        );
-    }
-    Ok(false)
+    Ok(Seen {
+        faults: faults.counts(),
+        stalls: timeline.stalls(),
+        notes,
+    })
 }
 
 /// What a person looks at.
@@ -329,33 +289,6 @@ fn line(what: &str, unit: &str, faults: &[u64; 3], stalls: &Stalls, seed: u64) -
         us(990),
         us(1000),
     )
-}
-
-/// Builds what is killed, and what kills, as it is shipped; where it is.
-fn build() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--quiet", "--release", "--workspace", "--bins"])
-        .current_dir(workspace_root())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "the programs do not build");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
-    Ok(target.join("release"))
-}
-
-/// Runs the xtask that was built with optimization.
-fn run_again(programs: &Path, args: &[std::ffi::OsString]) -> Result<ExitCode> {
-    let status = Command::new(programs.join("xtask"))
-        .args(args)
-        .status()
-        .context("cannot run the optimized xtask")?;
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }
 
 #[cfg(test)]

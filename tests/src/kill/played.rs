@@ -1,8 +1,11 @@
-//! What stands in for `bulkhead-vcpu`: a child of the supervisor that hands its control socket to the harness.
+//! What stands in for `bulkhead-vcpu` and for passt: children of the supervisor that hand their sockets to the harness.
 //!
 //! The console's output is a socket to the harness, because the harness made it the supervisor's standard output.
 //! So the harness itself answers the supervisor, with one clock for kills and completions, and this process only lives
 //! as long as the harness wants the VM to live, or as long as the harness lives.
+//!
+//! passt is given one end of a stream and nothing else. The one played here is found by the supervisor in a folder that
+//! the harness has put in front of its PATH, and beside itself it finds the socket at which the harness waits for it.
 
 #![forbid(unsafe_code)]
 
@@ -10,18 +13,27 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
-use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use vmbus::ipc::server_start::NamedFds;
 use vmbus::ipc::{Message, Socket, SupervisorToVcpu};
+use vmm_core::supervisor::control::connect_to;
 
-/// The name under which xtask plays this part.
-pub const NAME: &str = "bulkhead-vcpu";
+/// The names under which xtask plays these parts.
+pub const VCPU: &str = "bulkhead-vcpu";
+pub const PASST: &str = "passt";
 
-/// The one message to the harness. Comes with the control socket.
+/// Beside the played passt: where the harness listens.
+pub(super) const NETWORK_SOCKET: &str = "network";
+
+/// passt's end of the stream, as `--fd` says.
+const PASST_FD: i32 = 3;
+
+/// The one message to the harness. Comes with the socket.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Handover {
     /// Of a kind that a decoder can tell from nothing at all.
@@ -38,18 +50,36 @@ impl Message for Handover {
     }
 }
 
-/// The program.
-pub fn main() -> ExitCode {
-    match play() {
+/// If this program was started under one of those names: plays that part, to its end.
+pub fn main(program: &str) -> Option<ExitCode> {
+    let path = Path::new(program);
+    let (name, result) = match path.file_name()?.to_str()? {
+        VCPU => (VCPU, play_vcpu()),
+        PASST => (PASST, play_passt(path)),
+        _ => return None,
+    };
+    Some(match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("played bulkhead-vcpu: {error:#}");
+            eprintln!("played {name}: {error:#}");
             ExitCode::FAILURE
         }
-    }
+    })
 }
 
-fn play() -> Result<()> {
+fn play_passt(program: &Path) -> Result<()> {
+    let this = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    let stream =
+        pidfd_getfd(&this, PASST_FD, PidfdGetfdFlags::empty()).context("no stream was handed over")?;
+    let folder = program.parent().context("a program without a folder")?;
+    let harness = connect_to(&folder.join(NETWORK_SOCKET))?;
+    let mut line = harness.context("nobody waits for a network")?;
+    line.send(&Handover { mark: 1 }, &[stream.as_fd()])?;
+    wait_readable(&line, None)?;
+    Ok(())
+}
+
+fn play_vcpu() -> Result<()> {
     let mut control = Socket::new(sandbox::inherited_control_fd()?);
     let deadline = Instant::now() + super::PATIENCE;
     let (message, fds) = receive(&mut control, deadline)?;

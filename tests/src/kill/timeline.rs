@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+use device_net::vsc::load::Watch;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,8 @@ pub const PHASES: [&str; 3] = ["gone", "successor started", "successor says hell
 #[derive(Debug, Default)]
 struct State {
     kills: Vec<Kill>,
+    /// Killed, and not known to be gone.
+    dying: usize,
     /// Of each channel: when its oldest request under way was sent, and how many are under way.
     oldest: Vec<(Option<Instant>, usize)>,
     completed: u64,
@@ -75,6 +78,8 @@ impl State {
 pub struct Timeline {
     state: Mutex<State>,
     changed: Condvar,
+    /// Hears of the same deaths, for a load on a network interface.
+    pub watch: Watch,
 }
 
 /// What the kills did, all times ascending.
@@ -109,6 +114,7 @@ impl Timeline {
         Self {
             state: Mutex::new(state),
             changed: Condvar::new(),
+            watch: Watch::default(),
         }
     }
 
@@ -152,6 +158,8 @@ impl Timeline {
         if chained && let Some(last) = state.kills.last_mut() {
             last.chained = true;
         }
+        state.dying += 1;
+        self.watch.dying();
         let under_way = state.oldest.iter().map(|(_, under_way)| under_way).sum();
         state.kills.push(Kill {
             at: Instant::now(),
@@ -171,9 +179,24 @@ impl Timeline {
         }
     }
 
+    /// `bulkhead-vcpu` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed one.
+    pub fn gone(&self) -> bool {
+        self.phase(0);
+        let mut state = self.lock();
+        let was_killed = state.dying > 0;
+        if was_killed {
+            state.dying -= 1;
+            self.watch.dead();
+        }
+        was_killed
+    }
+
     /// The signal did not reach anybody.
     pub fn take_back(&self) {
-        self.lock().kills.pop();
+        let mut state = self.lock();
+        state.kills.pop();
+        state.dying = state.dying.saturating_sub(1);
+        self.watch.dead();
     }
 
     /// Kills so far.

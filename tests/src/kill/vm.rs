@@ -6,20 +6,24 @@
 #![forbid(unsafe_code)]
 
 use super::PATIENCE;
-use super::played::{self, Handover, receive};
+use super::played::{self, Handover, receive, wait_readable};
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::SigSet;
 use nix::unistd::Pid as NixPid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, PipeReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
-use vmm_core::supervisor::control::{Reply, Request, connect_to};
+use vmm_core::supervisor::control::{Listener, Reply, Request, connect_to};
 
 /// Limit: what the supervisor may take to end a VM; it allows its children three seconds twice.
 const END: Duration = Duration::from_secs(15);
@@ -30,6 +34,11 @@ pub struct Vm {
     /// The played `bulkhead-vcpu` lives until this is closed. `None`: it is.
     line: Option<Socket>,
     control: Socket,
+    /// Where a played passt comes.
+    network: Listener,
+    /// The played passt lives until this is closed.
+    passt: Option<Socket>,
+    log: Log,
     folder: TempDir,
 }
 
@@ -49,11 +58,20 @@ impl Vm {
         for (name, target) in [
             ("bulkhead-block", programs.join("bulkhead-block")),
             ("bulkhead-net", programs.join("bulkhead-net")),
-            (played::NAME, this),
+            (played::VCPU, this.clone()),
         ] {
             ensure!(target.exists(), "there is no {}: build it", target.display());
             symlink(target, parts.join(name))?;
         }
+        let network = folder.path().join("network");
+        std::fs::create_dir(&network)?;
+        symlink(this, network.join(played::PASST))?;
+        let passt_first = std::env::join_paths(
+            [network.clone()]
+                .into_iter()
+                .chain(std::env::var_os("PATH").iter().flat_map(std::env::split_paths)),
+        )?;
+        let network = Listener::bind(&network.join(played::NETWORK_SOCKET))?;
         // The supervisor wants one; nobody boots it.
         let kernel = folder.path().join("kernel");
         std::fs::write(&kernel, "played")?;
@@ -63,15 +81,23 @@ impl Vm {
         command.arg("--kernel").arg(&kernel);
         command.arg("--programs").arg(&parts);
         command.arg("--run-folder").arg(folder.path().join("run"));
-        command.args(flags);
-        let supervisor = command
+        command.args(flags).env("PATH", passt_first);
+        let (heard, stderr) = std::io::pipe()?;
+        command
             .stdin(Stdio::null())
             .stdout(Stdio::from(stdout))
-            .stderr(File::create(log_of(&folder))?)
-            .spawn()
-            .with_context(|| format!("cannot start {}", programs.join("bulkhead").display()))?;
+            .stderr(stderr)
+            // A person's Ctrl-C is for the harness.
+            .process_group(0);
+        let mask = SigSet::thread_get_mask()?;
+        SigSet::empty().thread_set_mask()?;
+        let supervisor = command.spawn();
+        mask.thread_set_mask()?;
+        let supervisor =
+            supervisor.with_context(|| format!("cannot start {}", programs.join("bulkhead").display()))?;
         // Of the descriptors of the other end only those of the children are left.
         drop(command);
+        let log = Log::follow(heard);
         // From here on a failure ends what was started.
         let mut starting = Starting {
             supervisor: Some(supervisor),
@@ -79,19 +105,41 @@ impl Vm {
         let mut line = Socket::new(line);
         let deadline = Instant::now() + PATIENCE;
         let handed = receive::<Handover>(&mut line, deadline)
-            .with_context(|| format!("no VM was started: {}", last_lines(&log_of(&folder))))?;
+            .with_context(|| format!("no VM was started: {}", log.last_lines()))?;
         let (_, mut fds) = handed;
         let socket = fds.pop().context("no socket was handed over")?;
-        let path = folder.path().join("run").join(NAME).join("control");
-        let control = connect_to(&path)?.context("the supervisor does not listen")?;
+        let control = connect(&folder)?;
         let supervisor = starting.supervisor.take().context("started above")?;
         let vm = Self {
             supervisor,
             line: Some(line),
             control,
+            network,
+            passt: None,
+            log,
             folder,
         };
         Ok((vm, Socket::new(socket)))
+    }
+
+    /// The network's end of the stream that the servers of an interface `user` get, once.
+    pub fn network(&mut self) -> Result<UnixStream> {
+        let deadline = Instant::now() + PATIENCE;
+        ensure!(
+            wait_readable(&self.network, Some(deadline))?,
+            "the supervisor starts no passt: {}",
+            self.last_lines()
+        );
+        let mut line = self.network.accept()?.context("the played passt is gone")?;
+        let (_, mut fds) = receive::<Handover>(&mut line, deadline)?;
+        self.passt = Some(line);
+        let stream = fds.pop().context("no stream was handed over")?;
+        Ok(UnixStream::from(stream))
+    }
+
+    /// Another connection to the supervisor.
+    pub fn connect(&self) -> Result<Socket> {
+        connect(&self.folder)
     }
 
     /// The process that serves `device` now; `None` while there is none.
@@ -108,7 +156,10 @@ impl Vm {
             return Ok(None);
         };
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(pidfd) => Ok(Some(Victim { pidfd })),
+            Ok(pidfd) => Ok(Some(Victim {
+                pid: pid.as_raw_nonzero().get(),
+                pidfd,
+            })),
             // It has just ended, and its parent has looked after it.
             Err(rustix::io::Errno::SRCH) => Ok(None),
             Err(errno) => Err(errno).context("cannot watch a server"),
@@ -138,13 +189,13 @@ impl Vm {
 
     /// What the supervisor said last.
     pub fn last_lines(&self) -> String {
-        last_lines(&log_of(&self.folder))
+        self.log.last_lines()
     }
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.line = None;
+        (self.line, self.passt) = (None, None);
         end_child(&mut self.supervisor);
     }
 }
@@ -164,6 +215,8 @@ impl Drop for Starting {
 
 /// A server's process, by its pidfd: the number may be another's by now, this is not.
 pub struct Victim {
+    /// To tell it from others.
+    pub pid: i32,
     pidfd: OwnedFd,
 }
 
@@ -181,8 +234,9 @@ impl Victim {
 /// The VM's name, unique within its own folder.
 const NAME: &str = "kill";
 
-fn log_of(folder: &TempDir) -> PathBuf {
-    folder.path().join("log")
+fn connect(folder: &TempDir) -> Result<Socket> {
+    let path = folder.path().join("run").join(NAME).join("control");
+    connect_to(&path)?.context("the supervisor does not listen")
 }
 
 /// Asks politely, then kills. The servers end with their supervisor or with the played vCPU process.
@@ -202,20 +256,35 @@ fn end_child(child: &mut Child) {
     child.try_wait().ok();
 }
 
-fn last_lines(path: &Path) -> String {
-    let read = || -> std::io::Result<String> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(4000)))?;
-        let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes)?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    match read() {
-        Ok(text) => {
-            let lines: Vec<&str> = text.lines().rev().take(12).collect();
-            lines.into_iter().rev().collect::<Vec<_>>().join("\n  | ")
-        }
-        Err(error) => format!("(its log cannot be read: {error})"),
+/// Limit: lines of the supervisor's that are kept. It says several of each death.
+const LINES: usize = 12;
+
+/// What the supervisor says, the last lines of it.
+struct Log {
+    lines: Arc<Mutex<VecDeque<String>>>,
+}
+
+impl Log {
+    /// Reads until nobody writes any more.
+    fn follow(heard: PipeReader) -> Self {
+        let lines: Arc<Mutex<VecDeque<String>>> = Arc::default();
+        let kept = Arc::clone(&lines);
+        std::thread::spawn(move || {
+            for line in BufReader::new(heard).split(b'\n') {
+                let Ok(line) = line else { return };
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.push_back(String::from_utf8_lossy(&line).into_owned());
+                if kept.len() > LINES {
+                    kept.pop_front();
+                }
+            }
+        });
+        Self { lines }
+    }
+
+    fn last_lines(&self) -> String {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        lines.join("\n  | ")
     }
 }

@@ -2,13 +2,14 @@
 
 #![forbid(unsafe_code)]
 
-use crate::rig::{FileSource, Rig, RigError, RigFailed, RigOutcome, RigSpec, workspace_root};
+use crate::release;
+use crate::rig::{FileSource, Rig, RigError, RigFailed, RigOutcome, RigSpec};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// Exit status of `rig run` when the emulator failed: nothing is known about the command.
@@ -90,7 +91,7 @@ fn run(arguments: RunArguments) -> Result<ExitCode> {
     spec.binaries = match (arguments.no_binaries, arguments.bin_dir) {
         (true, _) => None,
         (false, Some(folder)) => Some(folder),
-        (false, None) => Some(build_our_programs()?),
+        (false, None) => Some(release::build_programs()?),
     };
     let rig = Rig::build()?;
     let _terminal = spec.interactive.then(RawTerminal::enter);
@@ -113,30 +114,6 @@ fn run(arguments: RunArguments) -> Result<ExitCode> {
         }
         Err(RigError::Setup(error)) => Err(error),
     }
-}
-
-/// Builds our programs for the rig and says where they are.
-pub fn build_our_programs() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--release",
-            "--bins",
-            "-p",
-            "vmm-core",
-            "-p",
-            "device-block",
-            "-p",
-            "device-net",
-        ])
-        .current_dir(workspace_root())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "our programs do not build");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
-    Ok(target.join("release"))
 }
 
 fn parse_file(text: &str) -> Result<(String, FileSource)> {

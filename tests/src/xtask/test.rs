@@ -6,8 +6,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::rig::build_our_programs;
 use super::tcb;
+use crate::release;
 use crate::rig::{Rig, workspace_root};
 use crate::tier::{PROGRAMS_VARIABLE, RIG_VARIABLE, SKIP_PREFIX};
 use anyhow::{Context, Result};
@@ -59,7 +59,7 @@ pub fn main(arguments: &TestArguments) -> Result<ExitCode> {
     });
     let mut programs = None;
     tally.check("release programs", || {
-        programs = Some(build_our_programs()?);
+        programs = Some(release::build_programs()?);
         Ok(true)
     });
     let with_rig = !arguments.no_rig && {

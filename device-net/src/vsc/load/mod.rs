@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   thread of the load                       whoever kills
-//!     Load::run(&watch)                        Watch::progress(): wait until it grows, then kill, start the next
-//!       stage, flush, poll, give back          Watch::take_slowest(): how long the guest waited
-//!       write and read the network's end       Watch::stop(): end the load
-//!     Load::finish(free credits, deadline) -> Tally
+//!     Load::run(&watch)                        Watch::progress(): wait until it grows
+//!       stage, flush, poll, give back          Watch::dying(), kill, wait for the end, Watch::dead(), start the next
+//!       write and read the network's end       Watch::take_slowest(): how long the guest waited
+//!     Load::finish(&watch, …) -> Tally         Watch::stop(): end the load
 //! ```
 //! The load needs an open [`Driver`] whose packet filter admits its frames ([`FILTER`]) and the other end of the stream
 //! that the server has as its backend. It does not know who starts servers.
@@ -15,30 +15,44 @@
 //!
 //! | fault | found by | counted as |
 //! | --- | --- | --- |
-//! | a transmit completed twice, or one that was never sent | the driver's table of outstanding packets | error of the driver |
+//! | a transmit completed twice, or one that was never sent | the driver's table of outstanding packets | `double`, and an error |
 //! | a transmit or control message that is not completed | [`Load::finish`] waits for it | `lost` |
 //! | a frame delivered twice, or before an older one of its sender | its number, in both directions | `double` |
 //! | a frame changed, or a stream out of step | checksum, length | `wrong` |
 //! | a frame overwritten while the guest holds it | read once more when it is given back | `wrong` |
 //! | a sub-allocation in two packets | the driver's set of those it holds | error of the driver |
 //! | a flow on another channel than before (RSS state forgotten) | the channel of its first frame | `wrong` |
-//! | a receive credit gone | free credits of the server at the end | `lost` |
+//! | a receive credit gone | free credits of the server whenever [`Load::finish`] is called | `lost` |
+//! | a frame gone without a death to blame | no server was dying during its life (below) | `lost` |
 //!
-//! A frame that a death has swallowed is no fault: networks lose frames. It shows in `dropped_out` and `dropped_in`.
+//! Networks lose frames, and a server that dies between back end and ring takes frames with it: what it has read from the
+//! network and not published, what it has taken from the guest and not sent. Such a frame is no fault and shows in
+//! `dropped_out` and `dropped_in`; TCP sends it again. No other frame may be missing, since this load neither overruns
+//! the server's queues nor its receive buffer. So a missing frame must have been under way while a server was dying: for
+//! a frame of the guest's between staging its packet and the completion of that, for one of the network's between
+//! queueing it for the socket and the next arrival of its flow.
 
+mod network;
+mod way;
+
+pub use network::FRAME_BYTES_MIN;
+
+use super::traffic::UNASKED;
 use super::{Driver, Form};
 use crate::rndis::packet::FrameRequests;
 use crate::rndis::wire::{emit_message, number};
+use network::{Network, Random, frame, mark_of};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use vmbus::mem::HostError;
 use vmbus::vsc::VscError;
+use way::{Arrival, Deaths, Way};
 
 /// Directed, multicast, broadcast: what Linux sets at ifup.
 pub const FILTER: u32 = 0x0B;
@@ -49,14 +63,6 @@ const OUTBOX_BYTES: usize = 64 << 10;
 /// Packets kept by the guest at most before they are given back.
 const KEPT: usize = 48;
 const FLOWS: u16 = 16;
-/// Ethernet, IPv4, UDP.
-const HEADER_BYTES: usize = 14 + 20 + 8;
-/// Sender, number.
-const MARK_BYTES: usize = 2 + 8;
-const CHECKSUM_BYTES: usize = 4;
-/// Smallest frame of a load.
-pub const FRAME_BYTES_MIN: usize = HEADER_BYTES + MARK_BYTES + CHECKSUM_BYTES;
-const FRAME_BYTES_MAX: usize = 1514;
 /// Longest wait in one step; whoever stops the load waits for it.
 const NAP_MS: u16 = 20;
 /// Limit: how long nothing at all may move while the load runs. A server that has missed a wake-up is found by it.
@@ -116,6 +122,7 @@ pub struct Watch {
     stop: AtomicBool,
     progress: AtomicU64,
     slowest_us: AtomicU64,
+    deaths: Deaths,
 }
 
 // Ordering: all relaxed. The words are counters and a request; nothing else is read because of them.
@@ -123,6 +130,16 @@ impl Watch {
     /// Packets completed and frames received so far.
     pub fn progress(&self) -> u64 {
         self.progress.load(Ordering::Relaxed)
+    }
+
+    /// The server is about to be killed or told to stop: frames that it has in hand may be lost.
+    pub fn dying(&self) {
+        self.deaths.begin();
+    }
+
+    /// Nothing of the server is left for which [`Watch::dying`] was called first.
+    pub fn dead(&self) {
+        self.deaths.end();
     }
 
     /// Ends [`Load::run`].
@@ -141,6 +158,8 @@ impl Watch {
 struct Flight {
     id: u64,
     since: Instant,
+    /// Its frames.
+    numbers: Range<u64>,
 }
 
 /// A packet that the guest keeps.
@@ -159,12 +178,10 @@ pub struct Load {
     network: Network,
     random: Random,
     flights: Vec<VecDeque<Flight>>,
-    /// Next number of each transmit channel, of each flow.
-    next_out: Vec<u64>,
-    next_in: Vec<u64>,
-    /// Number expected at least, by sender.
-    expected_out: Vec<u64>,
-    expected_in: Vec<u64>,
+    /// By transmit channel.
+    ways_out: Vec<Way>,
+    /// By flow.
+    ways_in: Vec<Way>,
     channel_of_flow: BTreeMap<u16, usize>,
     kept: Vec<Kept>,
     /// Id of the control request that is not answered.
@@ -174,6 +191,9 @@ pub struct Load {
     deaf: u32,
     tally: Tally,
     first_fault: Option<String>,
+    /// If wanted: of each packet completed, when it was sent and when its completion was seen. Whoever wants them takes
+    /// them out.
+    pub lives: Option<Vec<(Instant, Instant)>>,
 }
 
 impl Load {
@@ -191,10 +211,8 @@ impl Load {
             },
             random: Random(seed | 1),
             flights: (0..channels).map(|_| VecDeque::new()).collect(),
-            next_out: vec![0; channels],
-            expected_out: vec![0; channels],
-            next_in: vec![0; senders],
-            expected_in: vec![0; senders],
+            ways_out: (0..channels).map(|_| Way::default()).collect(),
+            ways_in: (0..senders).map(|_| Way::default()).collect(),
             channel_of_flow: BTreeMap::new(),
             kept: Vec::new(),
             asked: None,
@@ -202,6 +220,7 @@ impl Load {
             deaf: 0,
             tally: Tally::default(),
             first_fault: None,
+            lives: None,
             driver,
         })
     }
@@ -241,25 +260,48 @@ impl Load {
         )
     }
 
+    /// What was counted so far. The dropped frames are those known at the last [`Load::finish`].
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// When the oldest packet was sent that is not completed.
+    pub fn oldest(&self) -> Option<Instant> {
+        let oldest = self.flights.iter().filter_map(VecDeque::front);
+        oldest.map(|flight| flight.since).min()
+    }
+
+    /// Packets sent and not completed.
+    pub fn under_way(&self) -> usize {
+        self.flights.iter().map(VecDeque::len).sum()
+    }
+
     /// The first fault that was counted, in words.
     pub fn first_fault(&self) -> Option<&str> {
         self.first_fault.as_deref()
     }
 
-    /// Offers nothing more, waits for all that is due, and says what became of everything.
+    /// Offers nothing more, waits for all that is due, and says what became of everything so far. The load may go on
+    /// after it.
     ///
-    /// `free_credits` asks the server for `receive-buffer/free`; at the end it must be all of them.
+    /// `free_credits` asks the server for `receive-buffer/free`; at the end it must be all of them. No server dies
+    /// meanwhile.
     pub fn finish(
         &mut self,
+        watch: &Watch,
         mut free_credits: impl FnMut() -> Result<u32, String>,
         deadline: Instant,
     ) -> Result<Tally, LoadError> {
-        let watch = Watch::default();
         self.deaf = 0;
         loop {
-            let moved = self.exchange(&watch)?;
+            let moved = self.exchange(watch)?;
             self.give_back(0)?;
-            let is_due = self.driver.outstanding() != 0 || self.asked.is_some() || !self.kept.is_empty();
+            let ways = || self.ways_out.iter().chain(&self.ways_in);
+            let frames_due: u64 = ways().map(|way| way.due(&watch.deaths)).sum();
+            let is_due = self.driver.outstanding() != 0
+                || self.asked.is_some()
+                || !self.kept.is_empty()
+                || frames_due != 0;
             let is_quiet = !moved && !is_due && self.network.outbox.is_empty();
             if is_quiet && free_credits().map_err(LoadError::Credits)? == self.driver.suballocation_count {
                 break;
@@ -267,8 +309,11 @@ impl Load {
             if Instant::now() > deadline {
                 let missing = free_credits().map_err(LoadError::Credits)?;
                 let missing = self.driver.suballocation_count.saturating_sub(missing);
-                self.tally.lost += self.driver.outstanding() as u64 + u64::from(missing);
-                self.fault(format!("{missing} credits missing at the end"));
+                let outstanding = self.driver.outstanding();
+                self.tally.lost += outstanding as u64 + u64::from(missing) + frames_due;
+                self.fault(format!(
+                    "{missing} credits, {outstanding} completions and {frames_due} frames missing at the end"
+                ));
                 break;
             }
             if !moved && is_due {
@@ -276,7 +321,7 @@ impl Load {
             }
         }
         // What arrived with the last completion.
-        while self.exchange(&watch)? {}
+        while self.exchange(watch)? {}
         self.tally.dropped_out = self.tally.sent - self.tally.arrived;
         self.tally.dropped_in = self.tally.put - self.tally.received;
         Ok(self.tally)
@@ -308,8 +353,7 @@ impl Load {
                 let flow = self.random.below(u64::from(FLOWS)) as u16;
                 let bytes = self.random.frame_bytes();
                 let place = usize::from(flow);
-                let frame = frame(self.driver.nic.mac, flow, self.next_in[place], bytes);
-                self.next_in[place] += 1;
+                let frame = frame(self.driver.nic.mac, flow, self.ways_in[place].set_out(), bytes);
                 self.network.put(&frame);
                 self.tally.put += 1;
                 moved = true;
@@ -333,11 +377,16 @@ impl Load {
         } else {
             1
         };
+        let since = Instant::now();
         let mut frames = Vec::new();
-        for _ in 0..count {
+        let mut numbers = 0..0;
+        for index in 0..count {
             let bytes = self.random.frame_bytes() / count as usize;
-            let number = self.next_out[channel];
-            self.next_out[channel] += 1;
+            let number = self.ways_out[channel].set_out();
+            if index == 0 {
+                numbers.start = number;
+            }
+            numbers.end = number + 1;
             frames.push(frame(TO, channel as u16, number, bytes));
         }
         let requests = FrameRequests::default();
@@ -348,10 +397,7 @@ impl Load {
         } else {
             self.driver.stage_pages(channel, &frames[0], form, &requests)?
         };
-        self.flights[channel].push_back(Flight {
-            id,
-            since: Instant::now(),
-        });
+        self.flights[channel].push_back(Flight { id, since, numbers });
         self.tally.packets += 1;
         self.tally.sent += count;
         Ok(())
@@ -372,7 +418,11 @@ impl Load {
     fn exchange(&mut self, watch: &Watch) -> Result<bool, LoadError> {
         let mut moved = false;
         for channel in 0..self.flights.len() {
-            let seen = self.driver.poll_once(channel)?;
+            let seen = self.driver.poll_once(channel).inspect_err(|error| {
+                if matches!(error, VscError::Missing(UNASKED)) {
+                    self.tally.double += 1;
+                }
+            })?;
             moved |= seen != 0;
             if seen != 0 {
                 self.settle_flights(channel, watch);
@@ -381,7 +431,7 @@ impl Load {
         // Each frame is read where it lies, with the packet that it came in.
         self.driver.frames.clear();
         for (channel, id) in std::mem::take(&mut self.driver.unreturned) {
-            self.on_packet(channel, id)?;
+            self.on_packet(channel, id, watch)?;
             watch.progress.fetch_add(1, Ordering::Relaxed);
         }
         while let Some(response) = self.driver.responses.pop_front() {
@@ -404,7 +454,7 @@ impl Load {
             self.deaf -= 1;
         } else {
             moved |= self.network.read().map_err(LoadError::Stream)?;
-            self.on_arrived();
+            self.on_arrived(watch);
         }
         Ok(moved)
     }
@@ -412,11 +462,17 @@ impl Load {
     /// Notes which packets are completed, and how long that took.
     fn settle_flights(&mut self, channel: usize, watch: &Watch) {
         let (driver, tally) = (&self.driver, &mut self.tally);
+        let (way, lives) = (&mut self.ways_out[channel], &mut self.lives);
+        let done = Instant::now();
         self.flights[channel].retain(|flight| {
             let is_out = driver.is_outstanding(channel, flight.id);
             if !is_out {
                 tally.completed += 1;
-                let took = flight.since.elapsed().as_micros() as u64;
+                way.complete(flight.numbers.clone(), done);
+                lives
+                    .iter_mut()
+                    .for_each(|lives| lives.push((flight.since, done)));
+                let took = done.saturating_duration_since(flight.since).as_micros() as u64;
                 watch.slowest_us.fetch_max(took, Ordering::Relaxed);
                 watch.progress.fetch_add(1, Ordering::Relaxed);
             }
@@ -432,7 +488,7 @@ impl Load {
     }
 
     /// A packet of frames for the guest.
-    fn on_packet(&mut self, channel: usize, id: u64) -> Result<(), LoadError> {
+    fn on_packet(&mut self, channel: usize, id: u64, watch: &Watch) -> Result<(), LoadError> {
         let mut marks = Vec::new();
         for bytes in self.driver.reread(channel, id)? {
             let Some((flow, number)) = mark_of(&bytes) else {
@@ -445,19 +501,9 @@ impl Load {
             };
             self.tally.received += 1;
             marks.push((flow, number));
-            let Some(expected) = self.expected_in.get_mut(usize::from(flow)) else {
-                self.tally.wrong += 1;
-                continue;
-            };
-            if number < *expected {
-                let expected = *expected;
-                self.tally.double += 1;
-                self.fault(format!(
-                    "flow {flow}: frame {number} came when {expected} was due"
-                ));
-            } else {
-                *expected = number + 1;
-            }
+            let way = self.ways_in.get_mut(usize::from(flow));
+            let arrival = way.map_or(Arrival::Unknown, |way| way.arrive(number, &watch.deaths));
+            self.note_arrival(arrival, &format!("frame {number} of flow {flow}"));
             let usual = *self.channel_of_flow.entry(flow).or_insert(channel);
             if usual != channel {
                 self.tally.wrong += 1;
@@ -487,7 +533,7 @@ impl Load {
     }
 
     /// Frames that reached the network.
-    fn on_arrived(&mut self) {
+    fn on_arrived(&mut self, watch: &Watch) {
         while let Some(bytes) = self.network.take() {
             let mark = mark_of(&bytes);
             let Some((channel, number)) = mark else {
@@ -499,22 +545,34 @@ impl Load {
                 continue;
             };
             self.tally.arrived += 1;
-            match self.expected_out.get_mut(usize::from(channel)) {
-                None => self.tally.wrong += 1,
-                Some(expected) if number < *expected => {
-                    let expected = *expected;
-                    self.tally.double += 1;
-                    self.fault(format!(
-                        "channel {channel}: frame {number} arrived when {expected} was due"
-                    ));
-                }
-                Some(expected) => *expected = number + 1,
+            let way = self.ways_out.get_mut(usize::from(channel));
+            let arrival = way.map_or(Arrival::Unknown, |way| way.arrive(number, &watch.deaths));
+            self.note_arrival(arrival, &format!("frame {number} of channel {channel}"));
+        }
+    }
+
+    fn note_arrival(&mut self, arrival: Arrival, what: &str) {
+        match arrival {
+            Arrival::Due { lost: 0, .. } => {}
+            Arrival::Due { swallowed, lost } => {
+                self.tally.lost += lost;
+                self.fault(format!(
+                    "{what} came, and of those before it {lost} never did, with no death to blame; {swallowed} with one"
+                ));
+            }
+            Arrival::Again(due) => {
+                self.tally.double += 1;
+                self.fault(format!("{what} came when {due} was due"));
+            }
+            Arrival::Unknown => {
+                self.tally.wrong += 1;
+                self.fault(format!("{what} was never sent"));
             }
         }
     }
 
     /// Sleeps as a driver does, until anything comes.
-    fn nap(&mut self) -> Result<(), LoadError> {
+    pub fn nap(&mut self) -> Result<(), LoadError> {
         for channel in &mut self.driver.channels {
             // Unmasks, and looks once more; the deadline is over before it would wait.
             if channel.wait(Instant::now())? {
@@ -531,139 +589,6 @@ impl Load {
         match poll(&mut fds, PollTimeout::from(NAP_MS)) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
             Err(errno) => Err(VscError::from(HostError::new("wait for a load", errno)).into()),
-        }
-    }
-}
-
-/// The far end of the stream.
-#[derive(Debug)]
-struct Network {
-    stream: UnixStream,
-    inbox: Vec<u8>,
-    outbox: VecDeque<u8>,
-}
-
-impl Network {
-    fn put(&mut self, frame: &[u8]) {
-        self.outbox.extend((frame.len() as u32).to_be_bytes());
-        self.outbox.extend(frame);
-    }
-
-    /// Writes pieces that end anywhere, so that the server sees halves of frames. Whether any were written.
-    fn flush(&mut self, random: &mut Random) -> std::io::Result<bool> {
-        let mut moved = false;
-        while !self.outbox.is_empty() {
-            let piece = 1 + random.below(4000) as usize;
-            let (front, _) = self.outbox.as_slices();
-            match self.stream.write(&front[..front.len().min(piece)]) {
-                Ok(count) => {
-                    self.outbox.drain(..count);
-                    moved = true;
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(moved)
-    }
-
-    fn read(&mut self) -> std::io::Result<bool> {
-        let mut moved = false;
-        let mut bytes = vec![0; 64 << 10];
-        loop {
-            match self.stream.read(&mut bytes) {
-                Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    self.inbox.extend_from_slice(&bytes[..count]);
-                    moved = true;
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(moved),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// The next whole frame.
-    fn take(&mut self) -> Option<Vec<u8>> {
-        let (length, rest) = self.inbox.split_first_chunk::<4>()?;
-        let length = u32::from_be_bytes(*length) as usize;
-        let frame = rest.get(..length)?.to_vec();
-        self.inbox.drain(..4 + length);
-        Some(frame)
-    }
-}
-
-/// A frame of a load: UDP, so that receive-side scaling sees a flow.
-fn frame(to: [u8; 6], sender: u16, number: u64, bytes: usize) -> Vec<u8> {
-    let bytes = bytes.clamp(FRAME_BYTES_MIN, FRAME_BYTES_MAX);
-    let mut frame = [&to[..], &[2, 0, 0, 0, 0, 2], &[8, 0]].concat();
-    frame.extend_from_slice(&[0x45, 0]);
-    frame.extend_from_slice(&((bytes - 14) as u16).to_be_bytes());
-    // Not a fragment; 64 hops; UDP; no checksum, which nobody on the way looks at.
-    frame.extend_from_slice(&[0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
-    frame.extend_from_slice(&(4000 + sender).to_be_bytes());
-    frame.extend_from_slice(&[0x20, 0]);
-    frame.extend_from_slice(&((bytes - 34) as u16).to_be_bytes());
-    frame.extend_from_slice(&[0, 0]);
-    frame.extend_from_slice(&sender.to_be_bytes());
-    frame.extend_from_slice(&number.to_be_bytes());
-    let filling = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-    frame.extend((frame.len()..bytes - CHECKSUM_BYTES).map(|place| (place as u64 ^ filling) as u8));
-    let checksum = crc32fast::hash(&frame);
-    frame.extend_from_slice(&checksum.to_be_bytes());
-    frame
-}
-
-/// Sender and number of a frame; `None` if it is not as it was made.
-fn mark_of(frame: &[u8]) -> Option<(u16, u64)> {
-    let (body, checksum) = frame.split_last_chunk::<CHECKSUM_BYTES>()?;
-    if crc32fast::hash(body) != u32::from_be_bytes(*checksum) {
-        return None;
-    }
-    let mark = body.get(HEADER_BYTES..)?;
-    let (sender, rest) = mark.split_first_chunk::<2>()?;
-    Some((
-        u16::from_be_bytes(*sender),
-        u64::from_be_bytes(*rest.first_chunk()?),
-    ))
-}
-
-/// Xorshift, so that a seed names a load.
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        if limit == 0 { 0 } else { self.0 % limit }
-    }
-
-    fn frame_bytes(&mut self) -> usize {
-        match self.below(3) {
-            0 => FRAME_BYTES_MIN,
-            1 => FRAME_BYTES_MAX,
-            _ => FRAME_BYTES_MIN + self.below((FRAME_BYTES_MAX - FRAME_BYTES_MIN) as u64) as usize,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_frame_tells_who_it_is_and_whether_it_was_changed() {
-        for bytes in [0, FRAME_BYTES_MIN, 500, FRAME_BYTES_MAX] {
-            let mut frame = frame([2; 6], 7, 0x1_0000_0001, bytes);
-            assert_eq!(frame.len(), bytes.max(FRAME_BYTES_MIN));
-            assert_eq!(mark_of(&frame), Some((7, 0x1_0000_0001)));
-            for place in [0, 20, HEADER_BYTES, frame.len() - 1] {
-                frame[place] ^= 4;
-                assert_eq!(mark_of(&frame), None);
-                frame[place] ^= 4;
-            }
         }
     }
 }

@@ -1,0 +1,177 @@
+//! Load on one side, deaths on the other, until enough is seen.
+
+#![forbid(unsafe_code)]
+
+use super::faults::Faults;
+use super::host::Host;
+use super::pattern::Random;
+use super::timeline::Timeline;
+use super::vm::Vm;
+use super::{LOAD_REQUESTS, PATIENCE};
+use anyhow::{Result, anyhow, ensure};
+use nix::sys::signal::{SigSet, Signal as NixSignal};
+use rustix::process::Signal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// One kill in so many comes without waiting for the last one to be got over.
+const CHAINED: u64 = 8;
+
+/// Longest time from a server's recovery to the next kill, and from a kill to a chained one.
+const LOAD: Duration = Duration::from_millis(6);
+const RECOVERY: Duration = Duration::from_millis(30);
+
+/// How often a person hears how far it is.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+/// A thread of the load; what it has to say in the end.
+pub type Job<'a> = Box<dyn FnOnce(&AtomicBool) -> Result<String> + Send + 'a>;
+
+/// Runs the load while `work` does what it does; the load's last words.
+pub fn under_load(
+    host: &mut Host<'_>,
+    faults: &Faults,
+    jobs: Vec<Job<'_>>,
+    work: impl FnOnce() -> Result<()>,
+) -> Result<Vec<String>> {
+    let (stop_load, stop_host) = (AtomicBool::new(false), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let hosting = scope.spawn(|| host.serve(&stop_host, faults));
+        let loading: Vec<_> = jobs
+            .into_iter()
+            .map(|job| {
+                let stop = &stop_load;
+                scope.spawn(move || job(stop))
+            })
+            .collect();
+        let worked = work();
+        // Ordering: flags; what they say needs nothing else to be seen.
+        stop_load.store(true, Ordering::Relaxed);
+        let loads: Vec<_> = loading.into_iter().map(|load| load.join()).collect();
+        stop_host.store(true, Ordering::Relaxed);
+        let hosted = hosting.join();
+        let mut said = Vec::new();
+        for load in loads {
+            said.push(load.map_err(|_| anyhow!("a thread of the load has panicked"))??);
+        }
+        hosted.map_err(|_| anyhow!("the played bulkhead-vcpu has panicked"))??;
+        worked.map(|()| said)
+    })
+}
+
+/// Kills servers of `device`.
+pub struct Killer<'a> {
+    pub device: &'a str,
+    pub count: u64,
+    pub seed: u64,
+    pub faults: &'a Faults,
+    pub timeline: &'a Timeline,
+    pub ctrl_c: &'a AtomicBool,
+}
+
+impl Killer<'_> {
+    /// Kills so many, and waits until the last death is got over. Calls `audit` after every `every` deaths.
+    pub fn run(&self, vm: &mut Vm, every: u64, audit: impl Fn() -> Result<()>) -> Result<()> {
+        let mut random = Random::new(self.seed, u64::MAX);
+        let mut pause = |most: Duration| {
+            // This is the moment of death, not a synchronization.
+            thread::sleep(Duration::from_micros(random.below(most.as_micros() as u64)));
+        };
+        let mut chooser = Random::new(self.seed, u64::MAX - 1);
+        let (begun, mut told) = (Instant::now(), Instant::now());
+        let mut last_victim = None;
+        self.get_over()?;
+        for killed in 1..=self.count {
+            last_victim = Some(self.kill_other_than(vm, last_victim)?);
+            // Ordering: a flag; what it says needs nothing else to be seen.
+            let is_enough = self.ctrl_c.load(Ordering::Relaxed);
+            let is_due = killed.is_multiple_of(every);
+            if !is_enough && !is_due && chooser.below(CHAINED) == 0 {
+                pause(RECOVERY);
+                continue;
+            }
+            if !self.get_over()? {
+                return Ok(());
+            }
+            if is_enough {
+                eprintln!("interrupted after {killed} kills");
+                return Ok(());
+            }
+            if is_due {
+                audit()?;
+            }
+            if told.elapsed() > PROGRESS {
+                told = Instant::now();
+                let [lost, double, wrong] = self.faults.counts();
+                eprintln!(
+                    "{killed} of {} kills after {} s, lost={lost} double={double} wrong={wrong}",
+                    self.count,
+                    begun.elapsed().as_secs()
+                );
+            }
+            pause(LOAD);
+        }
+        self.get_over()?;
+        Ok(())
+    }
+
+    /// Kills the server as soon as there is one that was not killed already; its process number.
+    fn kill_other_than(&self, vm: &mut Vm, last: Option<i32>) -> Result<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            ensure!(Instant::now() < deadline, "{} has no server", self.device);
+            let victim = vm.server(self.device)?;
+            let Some(victim) = victim.filter(|victim| Some(victim.pid) != last) else {
+                thread::yield_now();
+                continue;
+            };
+            self.timeline.kill();
+            if victim.signal(Signal::KILL)? {
+                return Ok(victim.pid);
+            }
+            // It has ended just now, by itself, which the played bulkhead-vcpu counts.
+            self.timeline.take_back();
+        }
+    }
+
+    /// Waits until everything that was under way at the last kill, and some more, is answered. `false`: a fault was
+    /// seen, and more kills would only hide it.
+    fn get_over(&self) -> Result<bool> {
+        let deadline = Instant::now() + 2 * PATIENCE;
+        while !self.faults.any() {
+            let second = Instant::now() + Duration::from_secs(1);
+            if self.timeline.wait_over(LOAD_REQUESTS, second) {
+                return Ok(true);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "requests under way at a kill are not answered, and their threads do not say so"
+            );
+        }
+        Ok(false)
+    }
+}
+
+/// From now on an interruption by a person only sets the flag that is returned; a second one ends this process.
+///
+/// Call it before any thread is made. Programs started later inherit the mask: see [`super::vm`].
+pub fn catch_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let signals = SigSet::from_iter([NixSignal::SIGINT, NixSignal::SIGTERM]);
+    signals.thread_block()?;
+    let flag = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&flag);
+    thread::spawn(move || {
+        let mut first: Option<Instant> = None;
+        while signals.wait().is_ok() {
+            // Ordering: a flag; what it says needs nothing else to be seen.
+            set.store(true, Ordering::Relaxed);
+            // One press may arrive twice: from the terminal, and from the process that guards this one.
+            if first.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
+                std::process::exit(130);
+            }
+        }
+    });
+    Ok(flag)
+}

@@ -1,0 +1,50 @@
+//! Programs as they are shipped, for whatever measures or kills them.
+
+#![forbid(unsafe_code)]
+
+use crate::rig::workspace_root;
+use anyhow::{Context, Result, ensure};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+/// Packages whose programs make up a VM.
+const PROGRAMS: [&str; 3] = ["vmm-core", "device-block", "device-net"];
+
+/// Builds what a VM consists of; where it is.
+pub fn build_programs() -> Result<PathBuf> {
+    let mut args = vec!["build", "--release", "--bins"];
+    args.extend(PROGRAMS.iter().flat_map(|package| ["-p", package]));
+    build(&args)
+}
+
+/// The same and this xtask, which `cargo xtask` itself builds for quick building.
+pub fn build_all() -> Result<PathBuf> {
+    build(&["build", "--quiet", "--release", "--workspace", "--bins"])
+}
+
+fn build(args: &[&str]) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(args)
+        .current_dir(workspace_root())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "our programs do not build");
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
+    Ok(target.join("release"))
+}
+
+/// Runs the xtask among `programs` in place of this one.
+pub fn run_xtask(programs: &Path, args: impl IntoIterator<Item = OsString>) -> Result<ExitCode> {
+    let status = Command::new(programs.join("xtask"))
+        .args(args)
+        .status()
+        .context("cannot run the optimized xtask")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -177,6 +177,11 @@ impl Controller {
         &self.session
     }
 
+    /// No predecessor is at work any more: the disks may be read and written.
+    pub fn serve(&mut self) {
+        self.engine.serve();
+    }
+
     /// The primary channel was opened by the guest (`None`), or goes on with a saved session.
     pub fn on_primary_opened(&mut self, saved: Option<Session>) {
         match saved {

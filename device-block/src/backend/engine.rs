@@ -53,6 +53,11 @@ impl Engine {
         }
     }
 
+    /// No predecessor is at work any more.
+    pub fn serve(&mut self) {
+        self.backends.iter_mut().for_each(|backend| backend.serve());
+    }
+
     /// Whether one more request can be started.
     pub fn has_room(&self) -> bool {
         !self.free.is_empty()

@@ -15,7 +15,8 @@
 //! That last case: such disks are registered with the io_uring, and so is the journal. The kernel lets go of registered
 //! files in `io_ring_ctx_free` (Linux 6.1 io_uring/io_uring.c), which `io_ring_exit_work` calls only after every request has
 //! dropped its reference on the ring, that is after its completion. It takes some tens of milliseconds, nearly all of
-//! it spent waiting for all processors (RCU). The other disks must not be registered: their requests would not hold their files.
+//! it spent waiting for all processors (RCU). So the other disks are not registered: with them, too, the guest would wait
+//! for that.
 //!
 //! So whoever has all the locks knows that the predecessor is gone *and* that none of its requests is in flight.
 //!

@@ -79,9 +79,13 @@ pub struct FileBackend {
     direct: Option<Direct>,
 }
 
+const REFUSES_DIRECT: &str = "the disk's file system refuses direct I/O; using the page cache";
+
 /// State of direct I/O.
 struct Direct {
     memory_alignment: u32,
+    /// The kernel has said that it works. Some file systems accept the flag and refuse the I/O.
+    is_certain: bool,
     buffers: Arc<SharedMap>,
     /// Which operation uses each buffer.
     used_by: [Option<u64>; BOUNCE_BUFFERS],
@@ -220,6 +224,20 @@ impl Backend for FileBackend {
         &self.geometry
     }
 
+    fn serve(&mut self) {
+        if let Some(direct) = &self.direct
+            && !direct.is_certain
+            && !direct.works(self.file.as_fd())
+        {
+            self.direct = None;
+            match set_direct(self.file.as_fd(), false) {
+                Ok(()) => tracing::info!("{REFUSES_DIRECT}"),
+                // Then the guest's requests fail, and it hears of it.
+                Err(error) => tracing::warn!(%error, "{REFUSES_DIRECT}, which cannot be switched on"),
+            }
+        }
+    }
+
     fn begin(&mut self, io: &mut Uring, op: Op, data: Option<&GuestSpans>, number: u64) -> Begun {
         match (op, data) {
             (Op::Read { .. } | Op::Write { .. }, Some(data)) => self.begin_transfer(io, op, data, number),
@@ -261,21 +279,19 @@ impl Direct {
         }
         let buffers = SharedMap::anonymous("bounce", BOUNCE_BUFFERS * MAX_TRANSFER_BYTES as usize)
             .map_err(|error| OpenError::Host("make buffers for direct I/O", error.into()))?;
-        let direct = Self {
+        if set_direct(file, true).is_err() {
+            tracing::info!("{REFUSES_DIRECT}");
+            return Ok(None);
+        }
+        Ok(Some(Self {
             memory_alignment,
+            is_certain: told.is_some(),
             buffers: Arc::new(buffers),
             used_by: [None; BOUNCE_BUFFERS],
-        };
-        let flags = set_direct(file, true);
-        if flags.is_ok() && direct.works(file) {
-            return Ok(Some(direct));
-        }
-        set_direct(file, false).map_err(|errno| OpenError::Host("leave direct I/O", errno.into()))?;
-        tracing::info!("the disk's file system refuses direct I/O; using the page cache");
-        Ok(None)
+        }))
     }
 
-    /// Some file systems accept the flag and refuse the I/O: read a block, once.
+    /// Reads a block.
     fn works(&self, file: BorrowedFd<'_>) -> bool {
         GuestSpans::from_map(self.buffers.clone(), 0, BLOCK_BYTES)
             .is_ok_and(|block| block.preadv_from(file, 0).is_ok())

@@ -56,6 +56,9 @@ pub trait Backend {
     /// What it is like.
     fn geometry(&self) -> &Geometry;
 
+    /// From now on it may be read and written: no predecessor does. Called once, before the first operation.
+    fn serve(&mut self) {}
+
     /// Begins an operation. `data` is the whole request's data; the operation says which part it is about.
     fn begin(&mut self, io: &mut Uring, op: Op, data: Option<&GuestSpans>, number: u64) -> Begun;
 

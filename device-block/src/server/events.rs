@@ -98,6 +98,7 @@ impl Server {
                 // Before anything of the predecessor's is looked at.
                 self.wait_for_predecessor()?;
                 self.port.journal().claim::<Session>();
+                self.controller.serve();
                 tracing::info!("serves");
             }
             PortEvent::ChannelOpened(endpoint, recovered) => {

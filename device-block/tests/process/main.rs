@@ -4,7 +4,9 @@
 mod crash;
 mod disk;
 mod faults;
+mod fencing;
 mod frozen;
 mod hostile;
 mod protocol;
 mod room;
+mod slow;

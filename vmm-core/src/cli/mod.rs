@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The command line of `bulkhead`.
 
+mod device;
 mod doctor;
 mod run;
 mod talk;
@@ -65,6 +66,9 @@ enum Command {
         #[arg(long)]
         power_button: bool,
     },
+    /// Do something to a device of a running VM
+    #[command(subcommand)]
+    Device(device::DeviceCommand),
 }
 
 /// The program.
@@ -74,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => return doctor::main(arguments),
         Command::List => talk::list(),
         Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),
+        Command::Device(command) => device::main(command),
         Command::Stop { vm, power_button } => talk::stop(&vm, power_button),
     };
     match result {

@@ -40,10 +40,12 @@ pub(super) struct RunArgs {
     /// Virtual processors, 1 to 64 [default: 1]
     #[arg(long, value_name = "N")]
     vcpus: Option<Vcpus>,
-    /// A disk: path=FILE or memory=SIZE; and readonly, serial=TEXT, cache=writeback|writethrough, direct
+    /// A disk: path=FILE or memory=SIZE; and readonly, serial=TEXT, cache=writeback|writethrough, direct,
+    /// standby (a second server waits, and takes over at once if the first dies)
     #[arg(long = "disk", value_name = "KEY=VALUE,...")]
     disks: Vec<DiskSpec>,
-    /// A network interface: tap=NAME, tap-fd=N or user (passt); and mac=ADDRESS, mtu=BYTES, queues=N
+    /// A network interface: tap=NAME, tap-fd=N or user (passt); and mac=ADDRESS, mtu=BYTES, queues=N,
+    /// standby (as of a disk)
     #[arg(long = "net", value_name = "KEY=VALUE,...")]
     nets: Vec<NetSpec>,
     /// The guest's serial port: stdio, none or file=PATH [default: stdio]; Ctrl-A x leaves

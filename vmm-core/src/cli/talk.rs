@@ -94,18 +94,22 @@ pub(super) fn stop(vm: &Name, power_button: bool) -> Result<()> {
     }
 }
 
-fn connect(vm: &Name) -> Result<Socket> {
+pub(super) fn connect(vm: &Name) -> Result<Socket> {
     connect_to(&control_socket(&base(), vm))?
         .ok_or_else(|| anyhow!("no VM named {vm} runs for this user (bulkhead list shows which do)"))
 }
 
-fn ask(socket: &mut Socket, request: &Request) -> Result<Reply> {
+pub(super) fn ask(socket: &mut Socket, request: &Request) -> Result<Reply> {
     socket.send(request, &[])?;
     receive(socket)
 }
 
 fn receive(socket: &mut Socket) -> Result<Reply> {
-    let deadline = Instant::now() + PATIENCE;
+    receive_within(socket, PATIENCE)
+}
+
+pub(super) fn receive_within(socket: &mut Socket, patience: Duration) -> Result<Reply> {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some((reply, _)) = socket.recv::<Reply>()? {
             return Ok(reply);

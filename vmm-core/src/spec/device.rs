@@ -19,6 +19,8 @@ pub struct DiskSpec {
     pub cache: CacheMode,
     /// Bypass the host's page cache where that is possible.
     pub direct: bool,
+    /// Keep a second server waiting, which takes over at once if the first dies.
+    pub standby: bool,
 }
 
 /// Where a disk's data is.
@@ -52,6 +54,8 @@ pub struct NetSpec {
     pub mtu: u16,
     /// Most channels that the guest may use, 1 to 64; if absent, by the number of processors.
     pub queues: Option<u16>,
+    /// As of a disk.
+    pub standby: bool,
 }
 
 /// Where frames go.
@@ -78,6 +82,8 @@ struct DiskTable {
     cache: CacheMode,
     #[serde(default)]
     direct: bool,
+    #[serde(default)]
+    standby: bool,
 }
 
 /// A `[[net]]` of a file.
@@ -91,13 +97,16 @@ struct NetTable {
     mac: Option<Mac>,
     mtu: Option<u16>,
     queues: Option<u16>,
+    #[serde(default)]
+    standby: bool,
 }
 
 /// The keys of a disk, for messages.
-const DISK_KEYS: &str = "path=FILE, memory=SIZE, readonly, serial=TEXT, cache=writeback|writethrough, direct";
+const DISK_KEYS: &str = "path=FILE, memory=SIZE, readonly, serial=TEXT, cache=writeback|writethrough, direct, \
+     standby";
 
 /// The keys of a network interface, for messages.
-const NET_KEYS: &str = "tap=NAME, tap-fd=N, user, mac=ADDRESS, mtu=BYTES, queues=N";
+const NET_KEYS: &str = "tap=NAME, tap-fd=N, user, mac=ADDRESS, mtu=BYTES, queues=N, standby";
 
 impl TryFrom<DiskTable> for DiskSpec {
     type Error = String;
@@ -131,6 +140,7 @@ impl TryFrom<DiskTable> for DiskSpec {
             serial: table.serial,
             cache: table.cache,
             direct: table.direct,
+            standby: table.standby,
         })
     }
 }
@@ -160,6 +170,7 @@ impl TryFrom<NetTable> for NetSpec {
             mac: table.mac,
             mtu,
             queues: table.queues,
+            standby: table.standby,
         })
     }
 }
@@ -200,6 +211,11 @@ fn items(text: &str) -> Result<Vec<(&str, Option<&str>)>, String> {
     Ok(items)
 }
 
+/// What may be said of something that is or is not; nothing means that it is.
+fn is_switch(word: Option<&str>) -> bool {
+    matches!(word, None | Some("true" | "false"))
+}
+
 fn number<T: FromStr>(key: &str, text: &str) -> Result<T, String> {
     text.parse()
         .map_err(|_| format!("{key}={text:?} is no number that is possible here"))
@@ -219,6 +235,7 @@ impl FromStr for DiskSpec {
                 ("cache", Some("writeback")) => table.cache = CacheMode::Writeback,
                 ("cache", Some("writethrough")) => table.cache = CacheMode::Writethrough,
                 ("direct", None) => table.direct = true,
+                ("standby", word) if is_switch(word) => table.standby = word != Some("false"),
                 // A path alone is a disk.
                 (path, None) if position == 0 && path.contains(['.', '/']) => table.path = Some(path.into()),
                 _ => {
@@ -246,6 +263,7 @@ impl FromStr for NetSpec {
                 ("mac", Some(mac)) => table.mac = Some(mac.parse()?),
                 ("mtu", Some(bytes)) => table.mtu = Some(number("mtu", bytes)?),
                 ("queues", Some(count)) => table.queues = Some(number("queues", count)?),
+                ("standby", word) if is_switch(word) => table.standby = word != Some("false"),
                 _ => {
                     let item = whole(key, value);
                     return Err(format!(
@@ -271,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_disk_is_a_path_or_memory() {
-        let disk: DiskSpec = "path=/dev/sdb,readonly,serial=A1,cache=writethrough,direct"
+        let disk: DiskSpec = "path=/dev/sdb,readonly,serial=A1,cache=writethrough,direct,standby=true"
             .parse()
             .expect("a disk");
         assert_eq!(
@@ -282,6 +300,7 @@ mod tests {
                 serial: Some("A1".to_owned()),
                 cache: CacheMode::Writethrough,
                 direct: true,
+                standby: true,
             }
         );
         let short: DiskSpec = "root.img,readonly".parse().expect("a disk");
@@ -303,6 +322,7 @@ mod tests {
             ("memory=1", "no size"),
             ("memory=1K", "not possible"),
             ("path=a,cache=none", "\"cache=none\" is nothing"),
+            ("path=a,standby=2", "\"standby=2\" is nothing"),
             ("path=a,serial=", "no serial number"),
             ("path=a,serial=a b", "no serial number"),
         ] {
@@ -320,6 +340,15 @@ mod tests {
         assert_eq!((net.mtu, net.queues), (9000, Some(4)));
         let net: NetSpec = "user".parse().expect("an interface");
         assert_eq!((net.backend, net.mtu, net.mac), (NetBackend::User, 1500, None));
+        for (text, standby) in [
+            ("user,standby", true),
+            ("user,standby=true", true),
+            ("user,standby=false", false),
+            ("user", false),
+        ] {
+            let net: NetSpec = text.parse().expect("an interface");
+            assert_eq!(net.standby, standby, "{text}");
+        }
         let net: NetSpec = "tap-fd=5".parse().expect("an interface");
         assert_eq!(net.backend, NetBackend::TapFd(5));
     }

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -32,6 +32,33 @@ pub enum Request {
     Stop,
     /// Press its power button.
     PowerButton,
+    /// Replace the server of a device that serves, by one of that program if one is named.
+    Swap {
+        device: String,
+        program: Option<PathBuf>,
+        /// Seconds that the new one may take until it is prepared.
+        patience_s: u32,
+    },
+    /// What devices are there, and who serves them?
+    Devices,
+}
+
+/// A device and its servers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceLine {
+    /// For example `disk0`.
+    pub name: String,
+    /// `block` or `net`.
+    pub kind: String,
+    /// The servers' program.
+    pub program: String,
+    /// `starts`, `serves`, `stops`, `ended`, `held`.
+    pub state: String,
+    /// Of the server that is there, or was last.
+    pub generation: u32,
+    pub process: Option<i32>,
+    /// The server that waits, if there is one: its state (`starts`, `waits`), generation and process.
+    pub successor: Option<(String, u32, i32)>,
 }
 
 /// What the supervisor answers.
@@ -46,6 +73,43 @@ pub enum Reply {
     Entries(Vec<(String, String)>),
     Done,
     Refused(String),
+    /// The swap is done.
+    Swapped {
+        /// Generations.
+        from: u32,
+        to: u32,
+        process: i32,
+        /// From the moment at which the old server was told to stop, or died, until the new one was let serve.
+        stall_us: u64,
+        /// How the old server ended, if it did not stop as it was told to.
+        mishap: Option<String>,
+    },
+    Devices(Vec<DeviceLine>),
+}
+
+impl std::fmt::Display for DeviceLine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let DeviceLine {
+            name,
+            kind,
+            program,
+            state,
+            generation,
+            ..
+        } = self;
+        write!(f, "{name} {kind} {state} generation={generation}")?;
+        if let Some(process) = self.process {
+            write!(f, " process={process}")?;
+        }
+        match &self.successor {
+            Some((state, generation, process)) => write!(
+                f,
+                " successor={state} successor-generation={generation} successor-process={process}"
+            )?,
+            None => f.write_str(" successor=none")?,
+        }
+        write!(f, " program={program}")
+    }
 }
 
 impl Message for Request {
@@ -55,6 +119,8 @@ impl Message for Request {
             Request::Inspect => "Inspect",
             Request::Stop => "Stop",
             Request::PowerButton => "PowerButton",
+            Request::Swap { .. } => "Swap",
+            Request::Devices => "Devices",
         }
     }
 }
@@ -66,6 +132,8 @@ impl Message for Reply {
             Reply::Entries(_) => "Entries",
             Reply::Done => "Done",
             Reply::Refused(_) => "Refused",
+            Reply::Swapped { .. } => "Swapped",
+            Reply::Devices(_) => "Devices",
         }
     }
 }

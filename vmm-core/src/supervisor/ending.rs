@@ -30,6 +30,7 @@ impl Supervisor {
         self.timers.clear(Timer::EndOverdue);
         self.timers.set(Instant::now() + END_DEADLINE, Timer::EndOverdue);
         for room in &mut self.rooms {
+            room.dismiss_successor();
             room.ask_to_stop();
         }
         self.finish_if_all_ended();
@@ -39,7 +40,7 @@ impl Supervisor {
         let running = self
             .rooms
             .iter()
-            .any(|room| matches!(room.server, Server::Running { .. }));
+            .any(|room| matches!(room.server, Server::Running { .. }) || !room.leaving.is_empty());
         if running {
             return;
         }
@@ -67,6 +68,8 @@ impl Supervisor {
             if let Server::Running { process, .. } = &mut room.server {
                 last.push(process);
             }
+            last.extend(room.successor.as_mut().map(|successor| &mut successor.process));
+            last.extend(room.leaving.iter_mut().map(|leaving| &mut leaving.process));
             last.extend(room.passt.as_mut());
         }
         for process in &last {

@@ -80,6 +80,17 @@ impl Supervisor {
             if let Server::Running { process, .. } = &room.server {
                 add_process(&mut list, process, |part| Source::Server(index, part));
             }
+            if let Some(successor) = &room.successor {
+                add_process(&mut list, &successor.process, |part| {
+                    Source::Successor(index, part)
+                });
+            }
+            for leaving in &room.leaving {
+                let generation = leaving.generation;
+                add_process(&mut list, &leaving.process, |part| {
+                    Source::Leaving(index, generation, part)
+                });
+            }
             if let Some(passt) = &room.passt {
                 add_process(&mut list, passt, |part| Source::Passt(index, part));
             }
@@ -106,6 +117,16 @@ impl Supervisor {
                 }
             }
             Source::Server(index, Part::End) => self.on_server_end(index),
+            Source::Successor(index, Part::Control) => self.on_successor_control(index),
+            Source::Successor(index, Part::Log) => {
+                if let Some(room) = self.rooms.get_mut(index)
+                    && let Some(successor) = &mut room.successor
+                {
+                    show_lines(&room.plan.name, &mut successor.process);
+                }
+            }
+            Source::Successor(index, Part::End) => self.on_successor_end(index),
+            Source::Leaving(index, generation, _) => self.on_leaving(index, generation),
             Source::Passt(index, Part::End) => self.on_passt_end(index),
             Source::Passt(index, Part::Control | Part::Log) => {
                 if let Some(RoomState {
@@ -116,7 +137,7 @@ impl Supervisor {
                 {
                     let lines = passt.lines();
                     // It has much to say at each start; what it said last is told if it dies.
-                    if is_verbose(&self.log) {
+                    if is_verbose(&self.settings.log) {
                         lines
                             .iter()
                             .for_each(|line| report::relay(&format!("{} passt", plan.name), line));
@@ -134,8 +155,15 @@ impl Supervisor {
             Timer::ReadyOverdue { room, generation } => {
                 self.kill_server(room, generation, "did not get ready in time")
             }
+            Timer::StopOverdue { room, generation } => self.on_stop_overdue(room, generation),
+            Timer::LeaveOverdue { room, generation } => {
+                if let Some(room) = self.rooms.get(room) {
+                    room.kill_leaving(generation);
+                }
+            }
             Timer::Fence { room } => self.try_fence(room),
             Timer::Restart { room } => self.restart_server(room),
+            Timer::Standby { room } => self.on_standby_due(room),
             Timer::EndOverdue => self.on_end_overdue(),
             Timer::InspectOverdue => self.finish_inspection(),
         }

@@ -22,6 +22,8 @@ const MAX_ENTRIES: usize = 4096;
 pub struct Client {
     pub socket: Socket,
     pub waits_for_inspection: bool,
+    /// Has asked for a swap in this room.
+    pub waits_for_swap: Option<usize>,
 }
 
 /// An inspection under way.
@@ -119,6 +121,11 @@ impl Supervisor {
                 Server::Fencing { .. } => add("state", "ended, its I/O is not over".to_owned()),
                 Server::Pausing => add("state", "ended, a successor comes".to_owned()),
                 Server::Held => add("state", "held".to_owned()),
+            }
+            if let Some(successor) = &room.successor {
+                add("successor.generation", successor.generation.to_string());
+                add("successor.process", successor.process.child.pid.to_string());
+                add("successor.state", successor.state().to_owned());
             }
             if let Some(passt) = &room.passt {
                 add("passt.process", passt.child.pid.to_string());

@@ -8,6 +8,9 @@
 //!   a server:  Running ──dies──▶ Fencing ──its I/O is over──▶ Pausing ──▶ Running, next generation
 //!                                   │ ServerGone to vcpu                       ServerAttached to vcpu
 //!                                   └── dies again and again ──▶ Held
+//!
+//!   a planned replacement: the successor is started beside it and gets warm; Running ──told to stop, Released──▶ Fencing
+//!   ──▶ Running, the successor. One that waits already takes over in the same way from a server that died.
 //! ```
 //!
 //! One thread, one loop over `poll(2)`. It waits for no child: each answer that is expected has a deadline, which is an
@@ -27,6 +30,7 @@
 //! | `process.rs` | a running child |
 //! | `room.rs` | a device and its servers |
 //! | `events.rs` | the loop |
+//! | `successor.rs`, `swap.rs`, `standby.rs` | servers that wait, planned replacement, and standbys |
 //! | `machine.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, the servers and a person say |
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
@@ -49,6 +53,9 @@ pub mod process;
 pub mod report;
 mod room;
 mod servers;
+mod standby;
+mod successor;
+mod swap;
 mod timers;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -68,7 +75,7 @@ use input::Input;
 use inspection::{Client, Inspection};
 use process::Process;
 use report::{Outcome, say};
-use room::RoomState;
+use room::{RoomState, ServerSettings};
 use timers::{Timer, Timers};
 
 /// Limit: from the first process to the last Ready. A loaded machine that emulates processors takes seconds.
@@ -125,9 +132,7 @@ struct Supervisor {
     phase: Phase,
     on_crash: OnCrash,
     on_reset: OnReset,
-    require_full_sandbox: bool,
-    programs: PathBuf,
-    log: String,
+    settings: ServerSettings,
     /// The guest's kernel reported a crash and has not reset since.
     crashed: bool,
     /// What `bulkhead-vcpu` said that the end is, or why it failed.
@@ -155,6 +160,9 @@ enum Source {
     Client(usize),
     Vcpu(Part),
     Server(usize, Part),
+    Successor(usize, Part),
+    /// A server that serves no more, by its generation.
+    Leaving(usize, u32, Part),
     Passt(usize, Part),
 }
 
@@ -192,9 +200,14 @@ impl Supervisor {
             fds: names,
         };
         tell_vcpu(&mut vcpu, &start, &fds)?;
+        let settings = ServerSettings {
+            programs: options.programs.clone(),
+            log: spec.log.clone(),
+            require_full_sandbox: spec.require_full_sandbox,
+        };
         for room in &mut rooms {
             room.start_passt()?;
-            let link = room.start_server(&options.programs, &spec.log, spec.require_full_sandbox)?;
+            let link = room.start_server(&settings)?;
             tell_vcpu(&mut vcpu, &room.introduction(), &[link.as_fd()])?;
         }
         let mut timers = Timers::default();
@@ -206,9 +219,7 @@ impl Supervisor {
             },
             on_crash: spec.on_crash,
             on_reset: spec.on_reset,
-            require_full_sandbox: spec.require_full_sandbox,
-            programs: options.programs.clone(),
-            log: spec.log.clone(),
+            settings,
             crashed: false,
             vcpu_said: None,
             vcpu_failed: None,
@@ -246,7 +257,7 @@ impl Supervisor {
         let lacking = report::lacking(reports.iter().map(String::as_str));
         if !lacking.is_empty() {
             let lacking = lacking.join("; ");
-            if self.require_full_sandbox {
+            if self.settings.require_full_sandbox {
                 return self.fail_start(format!(
                     "a full sandbox was asked for, and this host lacks: {lacking}"
                 ));
@@ -259,6 +270,9 @@ impl Supervisor {
         self.timers.clear(Timer::StartOverdue);
         self.phase = Phase::Running;
         self.send_to_vcpu(&SupervisorToVcpu::Run, &[]);
+        for index in 0..self.rooms.len() {
+            self.want_standby(index);
+        }
     }
 
     /// The VM cannot be started; everything that runs is ended by its drop.

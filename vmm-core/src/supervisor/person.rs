@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! What a person wants: signals, the console's escape, the control socket.
 
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
 
 use super::console::{self, Command};
@@ -41,6 +43,7 @@ impl Supervisor {
                 self.clients.push(Client {
                     socket,
                     waits_for_inspection: false,
+                    waits_for_swap: None,
                 });
             }
         }
@@ -66,6 +69,26 @@ impl Supervisor {
                 client.waits_for_inspection = true;
                 self.begin_inspection();
                 return;
+            }
+            Request::Swap {
+                device,
+                program,
+                patience_s,
+            } => {
+                let patience = Duration::from_secs(patience_s.into());
+                match self.begin_swap(&device, program, patience) {
+                    Ok(room) => {
+                        if let Some(client) = self.clients.get_mut(index) {
+                            client.waits_for_swap = Some(room);
+                        }
+                        return;
+                    }
+                    Err(why) => vec![Reply::Refused(why)],
+                }
+            }
+            Request::Devices => {
+                let lines = self.rooms.iter().map(|room| room.line(&self.settings));
+                vec![Reply::Devices(lines.collect())]
             }
             Request::Stop => {
                 self.end(Outcome::Stopped);
@@ -96,6 +119,10 @@ impl Supervisor {
         for room in &self.rooms {
             if let Server::Running { process, .. } = &room.server {
                 processes.push((room.plan.name.clone(), process.child.pid.as_raw()));
+            }
+            if let Some(successor) = &room.successor {
+                let name = format!("{} successor", room.plan.name);
+                processes.push((name, successor.process.child.pid.as_raw()));
             }
             if let Some(passt) = &room.passt {
                 processes.push((format!("{} passt", room.plan.name), passt.child.pid.as_raw()));

@@ -51,6 +51,8 @@ pub struct Room {
     /// JSON, in the program's own format.
     pub config: String,
     pub backend: Backend,
+    /// A second server is kept waiting.
+    pub standby: bool,
 }
 
 /// A program that serves a device.
@@ -76,6 +78,14 @@ impl Program {
         match self {
             Program::Block => "bulkhead-block",
             Program::Net => "bulkhead-net",
+        }
+    }
+
+    /// For a person and for scripts.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Program::Block => "block",
+            Program::Net => "net",
         }
     }
 }
@@ -190,6 +200,7 @@ fn disk_room(spec: &VmSpec, index: usize, disk: &DiskSpec, device: u32) -> Room 
         max_sub_channels,
         config: to_json(&config),
         backend,
+        standby: disk.standby,
     }
 }
 
@@ -216,6 +227,7 @@ fn net_room(spec: &VmSpec, index: usize, net: &NetSpec, device: u32) -> Room {
         max_sub_channels: max_queues - 1,
         config: to_json(&config),
         backend,
+        standby: net.standby,
     }
 }
 

@@ -48,6 +48,11 @@ impl History {
         }
     }
 
+    /// Somebody has mended something: what was does not count any more.
+    pub fn forget(&mut self) {
+        *self = History::new(self.restart);
+    }
+
     /// A server that was started at `started_ms` died at `now_ms`.
     pub fn on_death(&mut self, started_ms: u64, now_ms: u64) -> Decision {
         if self.restart == Restart::Always {

@@ -2,32 +2,51 @@
 //! A device, what is held open for it, and the servers that live in it one after the other.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::{PeerFault, ServerToSupervisor, SupervisorToServer, SupervisorToVcpu, pair};
+use vmbus::ipc::{PeerFault, SendError, ServerToSupervisor, SupervisorToServer, SupervisorToVcpu, pair};
 use vmbus::journal;
 use vmbus::mem::sealed_memfd;
 use vmbus::record::Recorder;
 
 use super::backend::{Held, same_file};
+use super::control::DeviceLine;
 use super::plan::{Backend, Plan, Room};
 use super::policy::History;
 use super::process::Process;
 use super::report;
+use super::standby::StandbyEnds;
+use super::successor::{Leaving, Successor};
+use super::swap::Swap;
 use crate::spec::VmSpec;
 
 /// A device of the running VM.
 #[derive(Debug)]
 pub struct RoomState {
     pub plan: Room,
+    /// The servers' program, if it is not the one that came with `bulkhead`.
+    pub program: Option<PathBuf>,
     pub server: Server,
     /// Of the server that is there, or was last; 0 before the first.
     pub generation: u32,
+    /// When that server was told to stop.
+    pub told_to_stop: Option<Instant>,
+    /// Waits to take its place.
+    pub successor: Option<Successor>,
+    /// Serve no more, and have not ended.
+    pub leaving: Vec<Leaving>,
+    /// A planned replacement under way.
+    pub swap: Option<Swap>,
+    pub standby_ends: StandbyEnds,
+    /// The highest generation that was given to a server.
+    pub(super) newest: u32,
     pub history: History,
+    /// When the device lost its server, or that one was told to stop, until a successor serves.
+    pub gone_since: Option<Instant>,
     pub passt: Option<Process>,
     /// `None`: passt has to be started first.
     held: Option<Held>,
@@ -44,12 +63,25 @@ pub enum Server {
         /// Why it is being killed, or has failed.
         blame: Option<String>,
     },
-    /// It has ended; its I/O may not have.
-    Fencing { started: Instant, since: Instant },
+    /// It has ended, or given up its place as it was told to (`planned`); its I/O may not be over.
+    Fencing {
+        started: Instant,
+        since: Instant,
+        planned: bool,
+    },
     /// A timer runs for its successor. Also before the first.
     Pausing,
     /// It gets no successor.
     Held,
+}
+
+/// What all servers of a VM are started with.
+#[derive(Clone, Debug)]
+pub struct ServerSettings {
+    /// Where the programs that came with `bulkhead` are.
+    pub programs: PathBuf,
+    pub log: String,
+    pub require_full_sandbox: bool,
 }
 
 /// The end of a server.
@@ -70,9 +102,17 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             .map_err(|error| anyhow!("cannot make a journal: {error}"))?;
         rooms.push(RoomState {
             plan: room.clone(),
+            program: None,
             server: Server::Pausing,
             generation: 0,
+            told_to_stop: None,
+            successor: None,
+            leaving: Vec::new(),
+            swap: None,
+            standby_ends: StandbyEnds::default(),
+            newest: 0,
             history: History::new(spec.restart),
+            gone_since: None,
             passt: None,
             held,
             journal,
@@ -108,18 +148,31 @@ impl RoomState {
     }
 
     /// Starts the next server; returns the vCPU process's end of the socket between the two.
-    pub fn start_server(
+    pub fn start_server(&mut self, settings: &ServerSettings) -> Result<OwnedFd> {
+        let program = self.program.clone();
+        let (process, to_vcpu) = self.launch(program.as_deref(), settings)?;
+        self.generation = self.newest;
+        self.told_to_stop = None;
+        self.server = Server::Running {
+            process,
+            ready: false,
+            blame: None,
+        };
+        Ok(to_vcpu)
+    }
+
+    /// Starts a process of the next generation; `program`: another one than the one that came with `bulkhead`.
+    pub(super) fn launch(
         &mut self,
-        programs: &Path,
-        log: &str,
-        require_full_sandbox: bool,
-    ) -> Result<OwnedFd> {
+        program: Option<&Path>,
+        settings: &ServerSettings,
+    ) -> Result<(Process, OwnedFd)> {
         let held = self.held.as_ref().context("the backend is not open")?;
         let backend = held.for_server()?;
         let (to_server, to_vcpu) = pair().context("cannot make a socket pair")?;
-        let program = programs.join(self.plan.program.file_name());
-        let mut process = Process::start(&program, self.plan.device.saturating_add(1))?;
-        let generation = self.generation.saturating_add(1);
+        let own = settings.programs.join(self.plan.program.file_name());
+        let mut process = Process::start(program.unwrap_or(&own), self.plan.device.saturating_add(1))?;
+        let generation = self.newest.saturating_add(1);
         let recorder =
             Recorder::new_memory().map_err(|error| anyhow!("cannot make a flight recorder: {error}"))?;
         let start = SupervisorToServer::Start {
@@ -127,8 +180,8 @@ impl RoomState {
             generation,
             name: self.plan.name.clone(),
             config: self.plan.config.clone(),
-            require_full_sandbox,
-            log: log.to_owned(),
+            require_full_sandbox: settings.require_full_sandbox,
+            log: settings.log.clone(),
             fds: vec![
                 "vcpu".to_owned(),
                 "journal".to_owned(),
@@ -143,17 +196,15 @@ impl RoomState {
             recorder.as_fd(),
         ];
         if let Some(control) = &mut process.control {
-            let sent = control.send(&start, &fds);
-            sent.map_err(|error| anyhow!("cannot talk to {}: {error}", self.plan.name))?;
+            match control.send(&start, &fds) {
+                // One that has ended already is found at its end, which says more.
+                Ok(()) | Err(SendError::Disconnected) => {}
+                Err(error) => bail!("cannot talk to {}: {error}", self.plan.name),
+            }
         }
         process.recorder = Some(recorder);
-        self.generation = generation;
-        self.server = Server::Running {
-            process,
-            ready: false,
-            blame: None,
-        };
-        Ok(to_vcpu)
+        self.newest = generation;
+        Ok((process, to_vcpu))
     }
 
     /// What the vCPU process is told of the device, together with the socket to its first server.
@@ -169,26 +220,9 @@ impl RoomState {
 
     /// The next message of the server; at the end of the socket none, and none any more.
     pub fn receive(&mut self) -> Result<Option<ServerToSupervisor>, PeerFault> {
-        let Server::Running { process, .. } = &mut self.server else {
-            return Ok(None);
-        };
-        let Some(control) = &mut process.control else {
-            return Ok(None);
-        };
-        let received = match control.flush() {
-            Ok(()) => control.recv::<ServerToSupervisor>(),
-            Err(_) => Err(PeerFault::Eof),
-        };
-        match received {
-            Ok(message) => Ok(message.map(|(message, _)| message)),
-            Err(PeerFault::Eof) => {
-                process.control = None;
-                Ok(None)
-            }
-            Err(fault) => {
-                process.control = None;
-                Err(fault)
-            }
+        match &mut self.server {
+            Server::Running { process, .. } => receive(process),
+            Server::Fencing { .. } | Server::Pausing | Server::Held => Ok(None),
         }
     }
 
@@ -238,8 +272,39 @@ impl RoomState {
         self.server = Server::Fencing {
             started,
             since: Instant::now(),
+            planned: false,
         };
+        self.told_to_stop = None;
+        self.gone_since.get_or_insert_with(Instant::now);
         Some(Death { sentence })
+    }
+
+    /// For `bulkhead device list`.
+    pub fn line(&self, settings: &ServerSettings) -> DeviceLine {
+        let (state, process) = match &self.server {
+            Server::Running {
+                ready: false,
+                process,
+                ..
+            } => ("starts", Some(process)),
+            Server::Running { process, .. } if self.told_to_stop.is_some() => ("stops", Some(process)),
+            Server::Running { process, .. } => ("serves", Some(process)),
+            Server::Fencing { .. } | Server::Pausing => ("ended", None),
+            Server::Held => ("held", None),
+        };
+        let own = settings.programs.join(self.plan.program.file_name());
+        DeviceLine {
+            name: self.plan.name.clone(),
+            kind: self.plan.program.kind().to_owned(),
+            program: self.program.as_ref().unwrap_or(&own).display().to_string(),
+            state: state.to_owned(),
+            generation: self.generation,
+            process: process.map(|process| process.child.pid.as_raw()),
+            successor: self.successor.as_ref().map(|successor| {
+                let state = successor.state().to_owned();
+                (state, successor.generation, successor.process.child.pid.as_raw())
+            }),
+        }
     }
 
     /// Whether nothing that the dead server began is still under way: see the theory of [`super`].
@@ -255,6 +320,28 @@ impl RoomState {
             return false;
         };
         Flock::lock(journal, FlockArg::LockExclusiveNonblock).is_ok()
+    }
+}
+
+/// The next message of a server's process; at the end of the socket none, and none any more.
+pub(super) fn receive(process: &mut Process) -> Result<Option<ServerToSupervisor>, PeerFault> {
+    let Some(control) = &mut process.control else {
+        return Ok(None);
+    };
+    let received = match control.flush() {
+        Ok(()) => control.recv::<ServerToSupervisor>(),
+        Err(_) => Err(PeerFault::Eof),
+    };
+    match received {
+        Ok(message) => Ok(message.map(|(message, _)| message)),
+        Err(PeerFault::Eof) => {
+            process.control = None;
+            Ok(None)
+        }
+        Err(fault) => {
+            process.control = None;
+            Err(fault)
+        }
     }
 }
 

@@ -17,6 +17,14 @@ use super::{MESSAGES_PER_TURN, Phase, START_DEADLINE, Supervisor, policy, proces
 const SHORTEST_FENCE_PAUSE: Duration = Duration::from_micros(50);
 const LONGEST_FENCE_PAUSE: Duration = Duration::from_millis(100);
 
+/// A server that is gone.
+#[derive(Clone, Copy, Debug)]
+struct Gone {
+    started: Instant,
+    /// As it was told to.
+    planned: bool,
+}
+
 impl Supervisor {
     pub(super) fn on_server_control(&mut self, index: usize) {
         for _ in 0..MESSAGES_PER_TURN {
@@ -53,15 +61,17 @@ impl Supervisor {
                     generation,
                 });
                 self.on_ready(report, false);
+                self.on_serving(index);
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
-            ServerToSupervisor::Pong { .. } | ServerToSupervisor::Warm | ServerToSupervisor::Released => {}
+            ServerToSupervisor::Pong { .. } | ServerToSupervisor::Warm => {}
+            ServerToSupervisor::Released => self.on_released(index),
             ServerToSupervisor::Inspect { entries } => self.on_inspected(&name, entries),
             ServerToSupervisor::Event { text } => report::relay(&name, &process::printable(&text)),
         }
     }
 
-    /// Kills the server of a device if it is still of that generation.
+    /// Kills the server of a device that is of that generation, if it is still there.
     pub(super) fn kill_server_of(&mut self, device: u32, generation: u32, why: &str) {
         if let Some(index) = self.rooms.iter().position(|room| room.plan.device == device) {
             self.kill_server(index, generation, why);
@@ -69,12 +79,20 @@ impl Supervisor {
     }
 
     pub(super) fn kill_server(&mut self, index: usize, generation: u32, why: &str) {
-        if let Some(room) = self.rooms.get_mut(index)
-            && room.generation == generation
-        {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        if room.generation == generation {
             room.server.blame(why);
             room.server.kill();
         }
+        if let Some(successor) = &mut room.successor
+            && successor.generation == generation
+        {
+            successor.blame(why);
+            successor.process.kill();
+        }
+        room.kill_leaving(generation);
     }
 
     pub(super) fn on_server_end(&mut self, index: usize) {
@@ -96,48 +114,96 @@ impl Supervisor {
                 room.server = Server::Held
             }
             Phase::Running => {
+                let generation = room.generation;
+                if let Some(swap) = &mut room.swap
+                    && swap.to != generation
+                {
+                    swap.mishap = Some(death.sentence.clone());
+                }
+                // A successor that waits serves from here on; what there is to write can wait.
+                let fenced = self.tell_if_fenced(index);
                 say(&death.sentence);
-                self.try_fence(index);
+                self.fail_swap(
+                    index,
+                    generation,
+                    &format!("{} before it was ready", death.sentence),
+                );
+                if let Some(gone) = fenced {
+                    self.find_successor(index, gone);
+                }
             }
         }
     }
 
-    /// Once nothing of the dead server touches guest memory, tells the vCPU process and decides on a successor.
+    /// Once nothing of the server that is gone is under way, lets the next one follow.
     pub(super) fn try_fence(&mut self, index: usize) {
-        let Some(room) = self.rooms.get_mut(index) else {
-            return;
-        };
-        let Server::Fencing { started, since } = room.server else {
-            return;
+        if let Some(gone) = self.tell_if_fenced(index) {
+            self.find_successor(index, gone);
+        }
+    }
+
+    /// Tells the vCPU process that a server is gone, once nothing of it touches guest memory any more; until then,
+    /// looks again from time to time.
+    fn tell_if_fenced(&mut self, index: usize) -> Option<Gone> {
+        let room = self.rooms.get_mut(index)?;
+        let Server::Fencing {
+            started,
+            since,
+            planned,
+        } = room.server
+        else {
+            return None;
         };
         if !room.is_fenced() {
             let waited = since.elapsed();
             let pause = (waited / 4).clamp(SHORTEST_FENCE_PAUSE, LONGEST_FENCE_PAUSE);
             self.timers
                 .set(Instant::now() + pause, Timer::Fence { room: index });
-            return;
+            return None;
         }
         let gone = SupervisorToVcpu::ServerGone {
             device: room.plan.device,
             generation: room.generation,
         };
+        self.send_to_vcpu(&gone, &[]);
+        Some(Gone { started, planned })
+    }
+
+    /// The server is gone, and `bulkhead-vcpu` knows: who serves now?
+    fn find_successor(&mut self, index: usize, gone: Gone) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
         let now = self.timers.milliseconds(Instant::now());
+        let decision = match gone.planned {
+            true => policy::Decision::Restart { after_ms: 0 },
+            false => room.history.on_death(self.timers.milliseconds(gone.started), now),
+        };
+        // A person has chosen the new one of a swap, and perhaps because of the deaths.
+        let held = matches!(decision, policy::Decision::Hold { .. }) && room.swap.is_none();
         let name = room.plan.name.clone();
-        match room.history.on_death(self.timers.milliseconds(started), now) {
+        if !held && self.promote(index) {
+            return;
+        }
+        match decision {
             policy::Decision::Restart { after_ms } => {
-                room.server = Server::Pausing;
+                if let Some(room) = self.rooms.get_mut(index) {
+                    room.server = Server::Pausing;
+                }
                 let at = Instant::now() + Duration::from_millis(after_ms);
                 self.timers.set(at, Timer::Restart { room: index });
             }
             policy::Decision::Hold { deaths, within_ms } => {
-                room.server = Server::Held;
+                if let Some(room) = self.rooms.get_mut(index) {
+                    room.server = Server::Held;
+                }
                 let seconds = within_ms / 1000;
+                self.dismiss_successor(index);
                 say(&format!(
                     "{name} died {deaths} times in {seconds} seconds and is left alone; the guest waits for it"
                 ));
             }
         }
-        self.send_to_vcpu(&gone, &[]);
     }
 
     pub(super) fn restart_server(&mut self, index: usize) {
@@ -149,7 +215,7 @@ impl Supervisor {
         };
         let started = room
             .start_passt()
-            .and_then(|()| room.start_server(&self.programs, &self.log, self.require_full_sandbox));
+            .and_then(|()| room.start_server(&self.settings));
         match started {
             Ok(link) => {
                 let generation = room.generation;
@@ -202,6 +268,8 @@ impl Supervisor {
                 say(&format!(
                     "{name} {cause}; it is started again, and connections through it are lost"
                 ));
+                // A successor has the old stream, too.
+                self.lose_successor(index, "lost passt");
                 self.kill_server(index, generation, "lost passt");
             }
             Phase::EndingVcpu(_) | Phase::EndingServers(_) | Phase::Over(_) => {}

@@ -11,10 +11,16 @@ pub enum Timer {
     StartOverdue,
     /// A successor is not ready.
     ReadyOverdue { room: usize, generation: u32 },
+    /// A server that was told to stop has not let go.
+    StopOverdue { room: usize, generation: u32 },
+    /// A server that serves no more has not ended.
+    LeaveOverdue { room: usize, generation: u32 },
     /// Look again whether a dead server's I/O is over.
     Fence { room: usize },
     /// Start a successor.
     Restart { room: usize },
+    /// Start a standby.
+    Standby { room: usize },
     /// A process that was asked to end has not.
     EndOverdue,
     /// A process has not answered to an inspection.

@@ -15,10 +15,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use vmbus::ipc::Socket;
 use vmm_core::supervisor::control::{Reply, Request, connect_to};
 
 /// Limit: for everything that a test waits for.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub const ALL: &[(&str, fn())] = &[
     (
@@ -79,24 +80,24 @@ pub const ALL: &[(&str, fn())] = &[
 ];
 
 /// A place with played programs, a kernel and a folder for running VMs.
-struct Place {
-    folder: TempDir,
+pub struct Place {
+    pub folder: TempDir,
 }
 
 /// A supervisor that runs.
-struct Running {
+pub struct Running {
     child: Child,
 }
 
 /// A supervisor that ended.
-struct Ended {
-    status: ExitStatus,
-    stdout: String,
-    stderr: String,
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let this = std::env::current_exe().expect("known");
         for program in ["bulkhead-vcpu", "bulkhead-block"] {
@@ -106,15 +107,15 @@ impl Place {
         Place { folder }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    fn control(&self) -> PathBuf {
+    pub fn control(&self) -> PathBuf {
         self.path("run/vm/control")
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
         command
             .args(["run", "--memory", "64M", "--name", "vm"])
@@ -131,50 +132,38 @@ impl Place {
         command
     }
 
-    fn start(&self, args: &[&str]) -> Running {
+    pub fn start(&self, args: &[&str]) -> Running {
         Running {
             child: self.command(args).spawn().expect("started"),
         }
     }
 
-    fn run(&self, args: &[&str]) -> Ended {
+    pub fn run(&self, args: &[&str]) -> Ended {
         let ended = self.start(args).wait();
         assert!(!self.path("run/vm").exists(), "the folder is removed");
         ended
     }
 
     /// Asks the supervisor, which may still be starting.
-    fn ask(&self, request: &Request) -> Vec<Reply> {
+    pub fn ask(&self, request: &Request) -> Vec<Reply> {
+        let mut socket = self.connect();
+        socket.send(request, &[]).expect("sent");
+        replies(&mut socket)
+    }
+
+    pub fn connect(&self) -> Socket {
         let deadline = Instant::now() + PATIENCE;
-        let mut socket = loop {
+        loop {
             // The socket's appearance is no event that one could wait for; it is looked for, with a deadline.
             match connect_to(&self.control()) {
                 Ok(Some(socket)) => break socket,
                 Ok(None) | Err(_) if Instant::now() < deadline => std::thread::yield_now(),
                 other => panic!("no control socket: {other:?}"),
             }
-        };
-        socket.send(request, &[]).expect("sent");
-        let mut replies = Vec::new();
-        loop {
-            match socket.recv::<Reply>() {
-                Ok(Some((reply, _))) => {
-                    let last = !matches!(reply, Reply::Entries(_));
-                    replies.push(reply);
-                    if last {
-                        return replies;
-                    }
-                }
-                Ok(None) => {
-                    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-                    assert_ne!(poll(&mut fds, PollTimeout::from(30_000_u16)), Ok(0), "no answer");
-                }
-                Err(_) => return replies,
-            }
         }
     }
 
-    fn wait_until_it_runs(&self) -> Vec<(String, i32)> {
+    pub fn wait_until_it_runs(&self) -> Vec<(String, i32)> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match &self.ask(&Request::Status)[..] {
@@ -186,7 +175,7 @@ impl Place {
 }
 
 impl Running {
-    fn wait(mut self) -> Ended {
+    pub fn wait(mut self) -> Ended {
         let mut stdout = String::new();
         let mut stderr = String::new();
         if let Some(mut pipe) = self.child.stdout.take() {
@@ -203,7 +192,7 @@ impl Running {
         }
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("signalled");
     }
@@ -211,7 +200,7 @@ impl Running {
 
 impl Ended {
     #[track_caller]
-    fn expect(&self, status: i32, stderr: &str) {
+    pub fn expect(&self, status: i32, stderr: &str) {
         assert_eq!(self.status.code(), Some(status), "{}", self.stderr);
         assert!(
             self.stderr.contains(stderr),
@@ -222,7 +211,28 @@ impl Ended {
     }
 }
 
-fn is_gone(process: i32) -> bool {
+/// All answers to one question.
+pub fn replies(socket: &mut Socket) -> Vec<Reply> {
+    let mut replies = Vec::new();
+    loop {
+        match socket.recv::<Reply>() {
+            Ok(Some((reply, _))) => {
+                let last = !matches!(reply, Reply::Entries(_));
+                replies.push(reply);
+                if last {
+                    return replies;
+                }
+            }
+            Ok(None) => {
+                let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                assert_ne!(poll(&mut fds, PollTimeout::from(30_000_u16)), Ok(0), "no answer");
+            }
+            Err(_) => return replies,
+        }
+    }
+}
+
+pub fn is_gone(process: i32) -> bool {
     kill(Pid::from_raw(process), None).is_err()
 }
 

@@ -4,6 +4,7 @@
 
 mod cases;
 mod played;
+mod swaps;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -13,14 +14,20 @@ fn main() -> ExitCode {
     let name = args.next().unwrap_or_default();
     match name.rsplit('/').next() {
         Some("bulkhead-vcpu") => return played::vcpu(),
-        Some("bulkhead-block") => return played::server(),
-        _ => {}
+        Some("bulkhead-block") => return played::server(None),
+        Some(name) => {
+            if let Some(play) = name.strip_prefix(played::SWAPPED) {
+                return played::server(Some(play));
+            }
+        }
+        None => {}
     }
     let args: Vec<String> = args.collect();
     let listing = args.iter().any(|arg| arg == "--list");
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
-    let chosen: Vec<_> = cases::ALL
-        .iter()
+    let chosen: Vec<_> = [cases::ALL, swaps::ALL]
+        .concat()
+        .into_iter()
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
         .collect();
     if listing {

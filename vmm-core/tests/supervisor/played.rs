@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! The played children. What they do is said by the kernel's command line (`bulkhead-vcpu`) and by the disk's serial
-//! number (`bulkhead-block`).
+//! The played children. What they do is said by the kernel's command line (`bulkhead-vcpu`), and by the disk's serial
+//! number (`bulkhead-block`) or the name of the program (one that it is swapped for).
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,6 +13,9 @@ use vmbus::ipc::{
     ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToServer, SupervisorToVcpu,
     VcpuToSupervisor,
 };
+
+/// What the names of programs begin with that servers are swapped for; their play follows.
+pub const SWAPPED: &str = "swapped-";
 
 /// The next message; `None` at the end of the connection.
 fn next<M: Message>(socket: &mut Socket) -> Option<(M, Vec<OwnedFd>)> {
@@ -77,6 +80,14 @@ pub fn vcpu() -> ExitCode {
     let mut heard = Vec::new();
     while let Some((message, mut fds)) = next::<SupervisorToVcpu>(&mut socket) {
         heard.push(message.name());
+        if let (
+            "watch",
+            SupervisorToVcpu::ServerAttached { generation, .. }
+            | SupervisorToVcpu::ServerGone { generation, .. },
+        ) = (play.as_str(), &message)
+        {
+            writeln!(console_out, "{} {generation}", message.name()).expect("written");
+        }
         match message {
             SupervisorToVcpu::AddDevice { .. } | SupervisorToVcpu::ServerAttached { .. } => {
                 links.push(Socket::new(fds.pop().expect("a link")));
@@ -144,7 +155,7 @@ pub fn vcpu() -> ExitCode {
             } => {}
             _ => {}
         }
-        if heard.ends_with(&["ServerGone", "ServerAttached"]) {
+        if play != "watch" && heard.ends_with(&["ServerGone", "ServerAttached"]) {
             writeln!(console_out, "a successor came").expect("written");
             return power_off(&mut socket);
         }
@@ -164,7 +175,11 @@ fn power_off(socket: &mut Socket) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-pub fn server() -> ExitCode {
+pub fn server(swapped: Option<&str>) -> ExitCode {
+    if swapped == Some("quits") {
+        eprintln!("a library is missing");
+        return ExitCode::from(3);
+    }
     let mut socket = control();
     let Some((
         SupervisorToServer::Start {
@@ -180,10 +195,8 @@ pub fn server() -> ExitCode {
     };
     assert_eq!(names, ["vcpu", "journal", "disk", "recorder"]);
     let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
-    let play = config["disks"][0]["serial"]
-        .as_str()
-        .unwrap_or_default()
-        .to_owned();
+    let serial = config["disks"][0]["serial"].as_str().unwrap_or_default();
+    let play = swapped.unwrap_or(serial).to_owned();
     let missing: &[&str] = if play == "lacking" {
         &["a wall against the north"]
     } else {
@@ -198,6 +211,11 @@ pub fn server() -> ExitCode {
             return ExitCode::FAILURE;
         }
         "noisy" => eprintln!("red \x1b[31m alert"),
+        "mute" => {
+            // To the end of the supervisor's patience, or of the supervisor.
+            while next::<SupervisorToServer>(&mut socket).is_some() {}
+            return ExitCode::SUCCESS;
+        }
         _ => {}
     }
     socket
@@ -208,6 +226,9 @@ pub fn server() -> ExitCode {
             &[],
         )
         .expect("sent");
+    if play != "cold" {
+        socket.send(&ServerToSupervisor::Warm, &[]).expect("sent");
+    }
     let link = Socket::new(fds.into_iter().next().expect("the link"));
     loop {
         let ready = {
@@ -220,9 +241,19 @@ pub fn server() -> ExitCode {
         };
         if ready[0] {
             match next::<SupervisorToServer>(&mut socket) {
-                None | Some((SupervisorToServer::Stop, _)) if play != "ignore-stop" => {
+                Some((SupervisorToServer::Stop, _)) if play == "dies-at-stop" => {
+                    eprintln!("I will not");
+                    std::process::abort();
+                }
+                Some((SupervisorToServer::Stop, _)) if play != "ignore-stop" => {
+                    // The supervisor may be at its end, too.
+                    socket.send(&ServerToSupervisor::Released, &[]).ok();
+                    if play == "lingers" {
+                        std::thread::park();
+                    }
                     return ExitCode::SUCCESS;
                 }
+                None if play != "ignore-stop" => return ExitCode::SUCCESS,
                 Some((SupervisorToServer::Inspect, _)) => {
                     let entries = vec![("generation".to_owned(), generation.to_string())];
                     socket

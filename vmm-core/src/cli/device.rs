@@ -1,0 +1,113 @@
+#![forbid(unsafe_code)]
+//! `bulkhead device`: what an operator does to one device of a running VM.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Subcommand;
+use vmbus::ipc::PeerFault;
+
+use super::talk::{ask, connect, receive_within};
+use crate::spec::Name;
+use crate::supervisor::control::{Reply, Request};
+
+#[derive(Subcommand)]
+pub(super) enum DeviceCommand {
+    /// List the devices of a running VM, their servers, and servers that wait to take over
+    List {
+        /// The VM's name
+        vm: Name,
+    },
+    /// Replace the server of a device by a new one; the guest does not notice
+    #[command(after_help = SWAP_HELP)]
+    Swap {
+        /// The VM's name
+        vm: Name,
+        /// The device, for example disk0
+        device: String,
+        /// The servers' program from now on [default: the one before, as it is on disk now]
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+        /// Seconds that the new server may take until it is prepared
+        #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+        patience: u32,
+    },
+}
+
+const SWAP_HELP: &str = "\
+The new server is started, locks itself in and has the guest's memory before the old one is told to stop.
+
+Exit status:
+  0      the new server serves; the sentence says since when the guest's requests had waited
+  1      it does not, and the sentence says why and who serves";
+
+/// Limit: from the time that the new server may take to the end of the old one, its I/O included.
+const HANDOVER: Duration = Duration::from_secs(60);
+
+pub(super) fn main(command: DeviceCommand) -> Result<()> {
+    match command {
+        DeviceCommand::List { vm } => list(&vm),
+        DeviceCommand::Swap {
+            vm,
+            device,
+            binary,
+            patience,
+        } => swap(&vm, device, binary, patience),
+    }
+}
+
+fn list(vm: &Name) -> Result<()> {
+    match ask(&mut connect(vm)?, &Request::Devices)? {
+        Reply::Devices(lines) => {
+            for line in lines {
+                println!("{line}");
+            }
+            Ok(())
+        }
+        other => bail!("{vm} answers {other:?}"),
+    }
+}
+
+fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> Result<()> {
+    let program = binary.map(full_path).transpose()?;
+    let request = Request::Swap {
+        device: device.clone(),
+        program,
+        patience_s,
+    };
+    let mut socket = connect(vm)?;
+    socket.send(&request, &[])?;
+    let limit = Duration::from_secs(patience_s.into()) + HANDOVER;
+    match receive_within(&mut socket, limit) {
+        Ok(Reply::Swapped {
+            from,
+            to,
+            process,
+            stall_us,
+            mishap,
+        }) => {
+            let how = mishap.map_or(String::new(), |mishap| {
+                format!(", although the old one did not stop as it should: {mishap}")
+            });
+            println!(
+                "{device}: server {to} (process {process}) took over from server {from} within {stall_us} us{how}"
+            );
+            Ok(())
+        }
+        Ok(Reply::Refused(why)) => bail!("{why}"),
+        Ok(other) => bail!("{vm} answers {other:?}"),
+        Err(error) if matches!(error.downcast_ref(), Some(PeerFault::Eof)) => {
+            bail!("the VM ended before {device} was swapped")
+        }
+        Err(error) => Err(error.context(format!(
+            "whether {device} was swapped is not known (bulkhead device list {vm} shows it)"
+        ))),
+    }
+}
+
+/// The supervisor has another working directory.
+fn full_path(path: PathBuf) -> Result<PathBuf> {
+    let shown = path.display();
+    std::fs::canonicalize(&path).with_context(|| format!("cannot find the program {shown}"))
+}

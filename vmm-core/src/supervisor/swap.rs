@@ -1,0 +1,361 @@
+#![forbid(unsafe_code)]
+//! Planned replacement of a server, and what a successor that waits says and does.
+//!
+//! ```text
+//!   start the new one ──Ready, Warm──▶ Stop to the old one ──Released──▶ fence ──▶ ServerGone to bulkhead-vcpu
+//! ```
+//!
+//! Until the old one is told to stop nothing has changed for the guest, and whatever goes wrong with the new one is told
+//! to who asked for it. From then on the new one takes over, whatever the old one does: one that dies or does not let
+//! go in time is a dead server with a successor that waits. Between Stop and ServerGone the supervisor waits for
+//! nothing else, starts nothing, and writes nothing: the guest's requests wait, too.
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use vmbus::ipc::{ServerToSupervisor, SupervisorToServer, SupervisorToVcpu};
+
+use super::control::Reply;
+use super::report::say;
+use super::room::Server;
+use super::successor::LEAVE_DEADLINE;
+use super::timers::Timer;
+use super::{MESSAGES_PER_TURN, Phase, Supervisor, backend, process, report};
+
+/// Limit: from Stop to Released. The old server waits for its own I/O; a disk that takes longer makes the guest wait
+/// whether the server is killed or not.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A planned replacement under way.
+#[derive(Debug)]
+pub struct Swap {
+    /// The servers' program from now on, if it is another one.
+    program: Option<PathBuf>,
+    from: u32,
+    pub(super) to: u32,
+    /// How the old server ended, if not as it should have.
+    pub(super) mishap: Option<String>,
+}
+
+/// The beginning.
+impl Supervisor {
+    /// Begins to replace the server of a device. The answer comes later, unless this is an error.
+    pub(super) fn begin_swap(
+        &mut self,
+        device: &str,
+        program: Option<PathBuf>,
+        patience: Duration,
+    ) -> Result<usize, String> {
+        let index = self.room_named(device)?;
+        let room = self.rooms.get_mut(index).ok_or("no such device")?;
+        if let Some(swap) = &room.swap {
+            return Err(format!(
+                "{device} is being swapped already (server {} for server {}): wait until that is done",
+                swap.to, swap.from
+            ));
+        }
+        match &room.server {
+            Server::Running { ready: true, .. } if room.told_to_stop.is_none() => {}
+            Server::Held => {
+                return Err(format!(
+                    "{device} is held after too many deaths, and there is no server to swap"
+                ));
+            }
+            Server::Running { .. } | Server::Fencing { .. } | Server::Pausing => {
+                return Err(format!(
+                    "{device} has no server that serves just now: try again in a moment"
+                ));
+            }
+        }
+        if let Some(program) = &program {
+            backend::check_program(program).map_err(|error| format!("{error:#}"))?;
+        }
+        self.dismiss_successor(index);
+        let room = self.rooms.get_mut(index).ok_or("no such device")?;
+        let (link, to) = room
+            .start_successor(program.as_deref(), &self.settings)
+            .map_err(|error| format!("{error:#}"))?;
+        room.swap = Some(Swap {
+            program,
+            from: room.generation,
+            to,
+            mishap: None,
+        });
+        let overdue = Timer::ReadyOverdue {
+            room: index,
+            generation: to,
+        };
+        let attached = SupervisorToVcpu::ServerAttached {
+            device: room.plan.device,
+            generation: to,
+        };
+        self.timers.set(Instant::now() + patience, overdue);
+        self.send_to_vcpu(&attached, &[link.as_fd()]);
+        Ok(index)
+    }
+
+    fn room_named(&self, device: &str) -> Result<usize, String> {
+        if !matches!(self.phase, Phase::Running) {
+            return Err(format!("the VM is {} and does not run", self.state()));
+        }
+        let position = self.rooms.iter().position(|room| room.plan.name == device);
+        position.ok_or_else(|| {
+            let names: Vec<&str> = self.rooms.iter().map(|room| room.plan.name.as_str()).collect();
+            format!("there is no device {device:?}; there are: {}", names.join(", "))
+        })
+    }
+
+    /// If the new server is prepared, the old one is told to stop.
+    fn stop_predecessor(&mut self, index: usize) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let prepared = room
+            .successor
+            .as_ref()
+            .is_some_and(|successor| successor.is_prepared());
+        let serves = matches!(room.server, Server::Running { .. });
+        if room.swap.is_none() || !prepared || !serves || room.told_to_stop.is_some() {
+            return;
+        }
+        let generation = room.generation;
+        room.told_to_stop = Some(Instant::now());
+        room.gone_since = room.told_to_stop;
+        if room.ask(&SupervisorToServer::Stop) {
+            let overdue = Timer::StopOverdue {
+                room: index,
+                generation,
+            };
+            self.timers.set(Instant::now() + STOP_DEADLINE, overdue);
+        } else {
+            self.kill_server(index, generation, "could not be told to stop");
+        }
+    }
+}
+
+/// What follows.
+impl Supervisor {
+    pub(super) fn on_successor_control(&mut self, index: usize) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(room) = self.rooms.get_mut(index) else {
+                return;
+            };
+            match room.receive_from_successor() {
+                Ok(Some(message)) => self.on_successor_message(index, message),
+                Ok(None) => return,
+                Err(fault) => {
+                    let why = format!("does not speak our protocol: {fault}");
+                    if let Some(successor) = &mut room.successor {
+                        successor.blame(&why);
+                        successor.process.kill();
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn on_successor_message(&mut self, index: usize, message: ServerToSupervisor) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let Some(successor) = &mut room.successor else {
+            return;
+        };
+        match message {
+            ServerToSupervisor::Ready { .. } => successor.ready = true,
+            ServerToSupervisor::Warm => successor.warm = true,
+            ServerToSupervisor::Failed { message } => successor.blame(&process::printable(&message)),
+            ServerToSupervisor::Event { text } => {
+                report::relay(&room.plan.name, &process::printable(&text));
+            }
+            // It was asked nothing.
+            ServerToSupervisor::Pong { .. }
+            | ServerToSupervisor::Inspect { .. }
+            | ServerToSupervisor::Released => {}
+        }
+        if successor.is_prepared() {
+            let overdue = Timer::ReadyOverdue {
+                room: index,
+                generation: successor.generation,
+            };
+            self.timers.clear(overdue);
+            self.stop_predecessor(index);
+        }
+    }
+
+    pub(super) fn on_successor_end(&mut self, index: usize) {
+        // A last message (why it failed) may still be there.
+        self.on_successor_control(index);
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let Some((generation, lived, sentence)) = room.on_successor_end() else {
+            return;
+        };
+        self.timers.clear(Timer::ReadyOverdue {
+            room: index,
+            generation,
+        });
+        if !matches!(self.phase, Phase::Running) || self.vcpu_said.is_some() || self.vcpu.control.is_none() {
+            return;
+        }
+        let gone = SupervisorToVcpu::ServerGone {
+            device: room.plan.device,
+            generation,
+        };
+        let serves = matches!(room.server, Server::Running { .. }) && room.told_to_stop.is_none();
+        let old = room.generation;
+        let is_standby = room.swap.is_none();
+        self.send_to_vcpu(&gone, &[]);
+        if is_standby {
+            return self.on_standby_end(index, lived, &sentence);
+        }
+        let then = match serves {
+            true => format!("server {old} goes on"),
+            false => {
+                format!("server {old} was at its end already, and is followed by one of its own program")
+            }
+        };
+        self.fail_swap(index, generation, &format!("{sentence}; {then}"));
+    }
+
+    /// A successor that is no use any more, without a word to anybody but `bulkhead-vcpu`.
+    pub(super) fn dismiss_successor(&mut self, index: usize) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let device = room.plan.device;
+        if let Some(generation) = room.dismiss_successor() {
+            self.timers.clear(Timer::ReadyOverdue {
+                room: index,
+                generation,
+            });
+            self.send_to_vcpu(&SupervisorToVcpu::ServerGone { device, generation }, &[]);
+        }
+    }
+
+    /// The same, and if a swap was on its way to it, that is over.
+    pub(super) fn lose_successor(&mut self, index: usize, why: &str) {
+        let generation = self.rooms.get(index).and_then(|room| room.successor.as_ref());
+        if let Some(generation) = generation.map(|successor| successor.generation) {
+            self.dismiss_successor(index);
+            self.fail_swap(index, generation, why);
+        }
+    }
+
+    /// The present server says that it has let go.
+    pub(super) fn on_released(&mut self, index: usize) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let generation = room.generation;
+        if !matches!(self.phase, Phase::Running) {
+            return;
+        }
+        if room.told_to_stop.is_none() {
+            self.kill_server(
+                index,
+                generation,
+                "says Released without having been told to stop",
+            );
+        } else if room.release() {
+            self.try_fence(index);
+            self.timers.clear(Timer::StopOverdue {
+                room: index,
+                generation,
+            });
+            let overdue = Timer::LeaveOverdue {
+                room: index,
+                generation,
+            };
+            self.timers.set(Instant::now() + LEAVE_DEADLINE, overdue);
+        }
+    }
+
+    pub(super) fn on_stop_overdue(&mut self, index: usize, generation: u32) {
+        let seconds = STOP_DEADLINE.as_secs();
+        let why = format!("did not let go within {seconds} seconds after it was told to stop");
+        self.kill_server(index, generation, &why);
+    }
+
+    pub(super) fn on_leaving(&mut self, index: usize, generation: u32) {
+        if let Some(room) = self.rooms.get_mut(index)
+            && room.on_leaving(generation).is_some()
+        {
+            self.timers.clear(Timer::LeaveOverdue {
+                room: index,
+                generation,
+            });
+            self.finish_if_all_ended();
+        }
+    }
+
+    /// `bulkhead-vcpu` has just been told that the old server is gone: the successor serves. False: there is none.
+    pub(super) fn promote(&mut self, index: usize) -> bool {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return false;
+        };
+        if !room.promote() {
+            return false;
+        }
+        if room.server.is_ready() {
+            self.on_serving(index);
+        }
+        true
+    }
+
+    /// The present server is ready and has no predecessor: the stall, if there was one, is over.
+    pub(super) fn on_serving(&mut self, index: usize) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let generation = room.generation;
+        let stall = room
+            .gone_since
+            .take()
+            .map_or(Duration::ZERO, |since| since.elapsed());
+        let Server::Running { process, .. } = &room.server else {
+            return;
+        };
+        let process = process.child.pid.as_raw();
+        if let Some(swap) = room.swap.take_if(|swap| swap.to == generation) {
+            if swap.program.is_some() {
+                room.program = swap.program;
+            }
+            // The deaths were those of the servers before.
+            room.history.forget();
+            let done = Reply::Swapped {
+                from: swap.from,
+                to: swap.to,
+                process,
+                stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
+                mishap: swap.mishap,
+            };
+            self.answer_swap(index, &done);
+        }
+        self.want_standby(index);
+    }
+
+    /// If a swap to that generation is under way, it has come to nothing.
+    pub(super) fn fail_swap(&mut self, index: usize, generation: u32, why: &str) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        if room.swap.take_if(|swap| swap.to == generation).is_none() {
+            return;
+        }
+        let device = room.plan.name.clone();
+        say(&format!("the swap of {device} has failed: {why}"));
+        self.answer_swap(index, &Reply::Refused(format!("the swap has failed: {why}")));
+        self.want_standby(index);
+    }
+
+    fn answer_swap(&mut self, index: usize, reply: &Reply) {
+        self.clients.retain_mut(|client| {
+            client.waits_for_swap.take_if(|room| *room == index).is_none()
+                || client.socket.send(reply, &[]).is_ok()
+        });
+    }
+}

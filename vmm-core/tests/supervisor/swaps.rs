@@ -1,0 +1,533 @@
+#![forbid(unsafe_code)]
+//! Planned replacement of a server.
+
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmm_core::supervisor::control::{Reply, Request};
+
+use super::cases::{Ended, PATIENCE, Place, Running, is_gone, replies};
+use super::played::SWAPPED;
+
+pub const ALL: &[(&str, fn())] = &[
+    (
+        "a_swap_puts_a_server_of_the_new_program_in_place",
+        a_swap_puts_a_server_of_the_new_program_in_place,
+    ),
+    (
+        "a_swap_to_a_broken_program_leaves_the_old_server_where_it_is",
+        a_swap_to_a_broken_program_leaves_the_old_server_where_it_is,
+    ),
+    (
+        "devices_are_listed_with_their_servers_and_those_that_wait",
+        devices_are_listed_with_their_servers_and_those_that_wait,
+    ),
+    (
+        "a_second_swap_at_the_same_time_is_refused",
+        a_second_swap_at_the_same_time_is_refused,
+    ),
+    (
+        "a_swap_that_cannot_be_is_refused_with_a_sentence",
+        a_swap_that_cannot_be_is_refused_with_a_sentence,
+    ),
+    (
+        "an_old_server_that_dies_when_told_to_stop_is_followed_by_the_new_one",
+        an_old_server_that_dies_when_told_to_stop_is_followed_by_the_new_one,
+    ),
+    (
+        "an_old_server_that_does_not_let_go_is_killed_and_followed_by_the_new_one",
+        an_old_server_that_does_not_let_go_is_killed_and_followed_by_the_new_one,
+    ),
+    (
+        "an_old_server_that_let_go_and_does_not_end_is_killed",
+        an_old_server_that_let_go_and_does_not_end_is_killed,
+    ),
+    (
+        "an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program",
+        an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program,
+    ),
+    (
+        "a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another",
+        a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another,
+    ),
+    (
+        "a_standby_that_dies_is_started_again_and_harms_nobody",
+        a_standby_that_dies_is_started_again_and_harms_nobody,
+    ),
+    (
+        "a_standby_makes_way_for_a_swap_and_comes_back",
+        a_standby_makes_way_for_a_swap_and_comes_back,
+    ),
+    (
+        "the_end_of_the_vm_ends_a_server_that_waits",
+        the_end_of_the_vm_ends_a_server_that_waits,
+    ),
+];
+
+/// A VM with one disk whose servers are of that play.
+fn with_disk(place: &Place, play: &str) -> Running {
+    let disk = match play {
+        "" => "memory=1M".to_owned(),
+        play => format!("memory=1M,serial={play}"),
+    };
+    let running = place.start(&["--cmdline", "watch", "--disk", &disk]);
+    place.wait_until_it_runs();
+    running
+}
+
+/// The same, with a standby.
+fn with_standby(place: &Place, play: &str) -> Running {
+    let disk = format!("memory=1M,serial={play},standby=true");
+    let running = place.start(&["--cmdline", "watch", "--disk", &disk]);
+    place.wait_until_it_runs();
+    running
+}
+
+/// The standby's process, once it waits.
+fn standby(place: &Place) -> i32 {
+    until(|| match &place.ask(&Request::Devices)[..] {
+        [Reply::Devices(lines)] => match &lines[..] {
+            [line] => line
+                .successor
+                .as_ref()
+                .and_then(|(state, _, process)| (state == "waits").then_some(*process)),
+            _ => panic!("{lines:?}"),
+        },
+        other => panic!("{other:?}"),
+    })
+}
+
+fn stop(place: &Place, running: Running) -> Ended {
+    assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
+    let ended = running.wait();
+    ended.expect(0, "");
+    ended
+}
+
+/// A program of that play.
+fn program(place: &Place, play: &str) -> PathBuf {
+    let path = place.path(&format!("{SWAPPED}{play}"));
+    if !path.exists() {
+        symlink(std::env::current_exe().expect("known"), &path).expect("linked");
+    }
+    path
+}
+
+fn request(program: Option<PathBuf>) -> Request {
+    Request::Swap {
+        device: "disk0".to_owned(),
+        program,
+        patience_s: 60,
+    }
+}
+
+/// The answer to a swap.
+fn swap(place: &Place, request: &Request) -> Reply {
+    let replies = place.ask(request);
+    let [reply] = &replies[..] else {
+        panic!("{replies:?}");
+    };
+    reply.clone()
+}
+
+fn refusal(reply: &Reply) -> String {
+    match reply {
+        Reply::Refused(why) => why.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The process of that name, once there is one.
+fn process(place: &Place, name: &str) -> i32 {
+    until(|| {
+        let processes = place.wait_until_it_runs();
+        processes
+            .iter()
+            .find(|(found, _)| found == name)
+            .map(|(_, process)| *process)
+    })
+}
+
+/// What is looked for, with a deadline: an end of another's child, or a line of another's, is no event here.
+fn until<T>(look: impl Fn() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match look() {
+            Some(found) => return found,
+            None => assert!(Instant::now() < deadline, "not in time"),
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn kill_hard(process: i32) {
+    kill(Pid::from_raw(process), Signal::SIGKILL).expect("killed");
+}
+
+fn runs(process: i32, program: &str) -> bool {
+    let line = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).contains(program)
+}
+
+fn a_swap_puts_a_server_of_the_new_program_in_place() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let old = process(&place, "disk0");
+    let Reply::Swapped {
+        from: 1,
+        to: 2,
+        process: new,
+        mishap: None,
+        stall_us,
+    } = swap(&place, &request(Some(program(&place, "good"))))
+    else {
+        panic!("no swap");
+    };
+    assert!(stall_us < 5_000_000, "{stall_us}");
+    assert_eq!(process(&place, "disk0"), new);
+    assert!(runs(new, "swapped-good"));
+    until(|| is_gone(old).then_some(()));
+    // A swap without a program is one to the same.
+    let Reply::Swapped {
+        from: 2,
+        to: 3,
+        process: newer,
+        mishap: None,
+        ..
+    } = swap(&place, &request(None))
+    else {
+        panic!("no second swap");
+    };
+    assert!(runs(newer, "swapped-good"));
+    // And so is a restart.
+    kill_hard(newer);
+    let newest = until(|| {
+        let processes = place.wait_until_it_runs();
+        processes
+            .into_iter()
+            .find(|(name, process)| name == "disk0" && *process != newer)
+    });
+    assert!(runs(newest.1, "swapped-good"));
+    let ended = stop(&place, running);
+    assert_eq!(
+        ended.stdout,
+        "the guest runs\nServerAttached 2\nServerGone 1\nServerAttached 3\nServerGone 2\nServerGone 3\nServerAttached 4\n"
+    );
+    assert_eq!(ended.stderr, "bulkhead: disk0 (server 3) killed by SIGKILL\n");
+}
+
+fn a_swap_to_a_broken_program_leaves_the_old_server_where_it_is() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let old = process(&place, "disk0");
+    let text = place.path("text");
+    std::fs::write(&text, "no program").expect("written");
+    let empty = program(&place, "empty");
+    std::fs::remove_file(&empty).expect("removed");
+    std::fs::write(&empty, "").expect("written");
+    std::fs::set_permissions(&empty, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("changed");
+    for (path, sentences) in [
+        (
+            program(&place, "quits"),
+            &[
+                "the swap has failed: disk0 (server 2) exited with status 3",
+                "a library is missing",
+                "; server 1 goes on",
+            ][..],
+        ),
+        (
+            program(&place, "fail"),
+            &[
+                "disk0 (server 3) exited with status 1 (the disk is on fire)",
+                "; server 1 goes on",
+            ],
+        ),
+        (
+            program(&place, "mute"),
+            &["disk0 (server 4) killed by SIGKILL (did not get ready in time); server 1 goes on"],
+        ),
+        (
+            program(&place, "cold"),
+            &["disk0 (server 5) killed by SIGKILL (did not get ready in time); server 1 goes on"],
+        ),
+        (
+            place.path("missing"),
+            &["cannot find the program ", "/missing: No such file"],
+        ),
+        (text, &["/text is not executable: chmod +x it"]),
+        (
+            place.folder.path().to_owned(),
+            &["is no program: it is not a regular file"],
+        ),
+        (empty, &["cannot start ", "swapped-empty", "Exec format error"]),
+    ] {
+        let request = Request::Swap {
+            device: "disk0".to_owned(),
+            program: Some(path),
+            patience_s: 1,
+        };
+        let why = refusal(&swap(&place, &request));
+        for sentence in sentences {
+            assert!(why.contains(sentence), "{sentence:?} is not in {why:?}");
+        }
+        assert!(!why.contains('\n'), "{why:?}");
+        assert_eq!(process(&place, "disk0"), old);
+    }
+    // Nothing of them counts: a right one follows.
+    let Reply::Swapped { from: 1, to: 6, .. } = swap(&place, &request(Some(program(&place, "good")))) else {
+        panic!("no swap");
+    };
+    let ended = stop(&place, running);
+    let heard: Vec<String> = (2..=5)
+        .map(|generation| format!("ServerAttached {generation}\nServerGone {generation}\n"))
+        .collect();
+    assert_eq!(
+        ended.stdout,
+        format!(
+            "the guest runs\n{}ServerAttached 6\nServerGone 1\n",
+            heard.concat()
+        )
+    );
+}
+
+fn devices_are_listed_with_their_servers_and_those_that_wait() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let list = || match &place.ask(&Request::Devices)[..] {
+        [Reply::Devices(lines)] => lines.iter().map(|line| line.to_string()).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    let old = process(&place, "disk0");
+    let own = place.path("bulkhead-block").display().to_string();
+    assert_eq!(
+        list(),
+        [format!(
+            "disk0 block serves generation=1 process={old} successor=none program={own}"
+        )]
+    );
+    let mut socket = place.connect();
+    let mute = request(Some(program(&place, "mute")));
+    socket.send(&mute, &[]).expect("sent");
+    let waiting = process(&place, "disk0 successor");
+    let successor = format!("successor=starts successor-generation=2 successor-process={waiting}");
+    assert_eq!(
+        list(),
+        [format!(
+            "disk0 block serves generation=1 process={old} {successor} program={own}"
+        )]
+    );
+    stop(&place, running);
+}
+
+fn a_second_swap_at_the_same_time_is_refused() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let mut first = place.connect();
+    let mute = request(Some(program(&place, "mute")));
+    first.send(&mute, &[]).expect("sent");
+    let waiting = process(&place, "disk0 successor");
+    let why = refusal(&swap(&place, &request(None)));
+    assert_eq!(
+        why,
+        "disk0 is being swapped already (server 2 for server 1): wait until that is done"
+    );
+    kill_hard(waiting);
+    assert_eq!(
+        replies(&mut first),
+        [Reply::Refused(
+            "the swap has failed: disk0 (server 2) killed by SIGKILL; server 1 goes on".to_owned()
+        )]
+    );
+    assert!(matches!(
+        swap(&place, &request(None)),
+        Reply::Swapped { from: 1, to: 3, .. }
+    ));
+    stop(&place, running);
+}
+
+fn a_swap_that_cannot_be_is_refused_with_a_sentence() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let wrong = Request::Swap {
+        device: "disk7".to_owned(),
+        program: None,
+        patience_s: 1,
+    };
+    assert_eq!(
+        refusal(&swap(&place, &wrong)),
+        "there is no device \"disk7\"; there are: disk0"
+    );
+    stop(&place, running);
+}
+
+fn an_old_server_that_dies_when_told_to_stop_is_followed_by_the_new_one() {
+    let place = Place::new();
+    let running = with_disk(&place, "dies-at-stop");
+    let Reply::Swapped {
+        from: 1,
+        to: 2,
+        mishap: Some(mishap),
+        ..
+    } = swap(&place, &request(Some(program(&place, "good"))))
+    else {
+        panic!("no swap");
+    };
+    assert_eq!(
+        mishap,
+        "disk0 (server 1) killed by SIGABRT; its last words: \"I will not\""
+    );
+    let ended = stop(&place, running);
+    assert_eq!(ended.stdout, "the guest runs\nServerAttached 2\nServerGone 1\n");
+}
+
+fn an_old_server_that_does_not_let_go_is_killed_and_followed_by_the_new_one() {
+    let place = Place::new();
+    let running = with_disk(&place, "ignore-stop");
+    let Reply::Swapped {
+        from: 1,
+        to: 2,
+        mishap: Some(mishap),
+        ..
+    } = swap(&place, &request(Some(program(&place, "good"))))
+    else {
+        panic!("no swap");
+    };
+    assert_eq!(
+        mishap,
+        "disk0 (server 1) killed by SIGKILL (did not let go within 5 seconds after it was told to stop)"
+    );
+    stop(&place, running);
+}
+
+fn an_old_server_that_let_go_and_does_not_end_is_killed() {
+    let place = Place::new();
+    let running = with_disk(&place, "lingers");
+    let old = process(&place, "disk0");
+    let swapped = swap(&place, &request(Some(program(&place, "good"))));
+    assert!(
+        matches!(swapped, Reply::Swapped { mishap: None, .. }),
+        "{swapped:?}"
+    );
+    until(|| is_gone(old).then_some(()));
+    let ended = stop(&place, running);
+    assert_eq!(ended.stderr, "", "no death is told of a server that let go");
+}
+
+fn an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let old = process(&place, "disk0");
+    let mut socket = place.connect();
+    let mute = Request::Swap {
+        device: "disk0".to_owned(),
+        program: Some(program(&place, "mute")),
+        patience_s: 3,
+    };
+    socket.send(&mute, &[]).expect("sent");
+    let waiting = process(&place, "disk0 successor");
+    kill_hard(old);
+    // It has the place at once, and loses it because it does nothing with it.
+    until(|| (process(&place, "disk0") == waiting).then_some(()));
+    let replies = replies(&mut socket);
+    let [Reply::Refused(why)] = &replies[..] else {
+        panic!("{replies:?}");
+    };
+    assert_eq!(
+        why,
+        "the swap has failed: disk0 (server 2) killed by SIGKILL (did not get ready in time) before it was ready"
+    );
+    let newest = until(|| {
+        let processes = place.wait_until_it_runs();
+        processes
+            .into_iter()
+            .find(|(name, process)| name == "disk0" && *process != waiting)
+    });
+    assert!(runs(newest.1, "bulkhead-block"));
+    let ended = stop(&place, running);
+    assert_eq!(
+        ended.stdout,
+        "the guest runs\nServerAttached 2\nServerGone 1\nServerGone 2\nServerAttached 3\n"
+    );
+}
+
+fn the_end_of_the_vm_ends_a_server_that_waits() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let mut socket = place.connect();
+    let mute = request(Some(program(&place, "mute")));
+    socket.send(&mute, &[]).expect("sent");
+    let waiting = process(&place, "disk0 successor");
+    let old = process(&place, "disk0");
+    let ended = stop(&place, running);
+    assert!(is_gone(waiting) && is_gone(old));
+    assert_eq!(ended.stderr, "");
+}
+
+fn a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another() {
+    let place = Place::new();
+    let running = with_standby(&place, "any");
+    let waiting = standby(&place);
+    let old = process(&place, "disk0");
+    kill_hard(old);
+    until(|| (process(&place, "disk0") == waiting).then_some(()));
+    let next = standby(&place);
+    assert!(next != waiting && next != old);
+    let ended = stop(&place, running);
+    assert_eq!(
+        ended.stdout,
+        "the guest runs\nServerAttached 2\nServerGone 1\nServerAttached 3\n"
+    );
+    assert!(is_gone(next) && is_gone(waiting));
+}
+
+fn a_standby_that_dies_is_started_again_and_harms_nobody() {
+    let place = Place::new();
+    let running = with_standby(&place, "any");
+    let serving = process(&place, "disk0");
+    let first = standby(&place);
+    kill_hard(first);
+    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
+    assert_eq!(process(&place, "disk0"), serving);
+    // A death after it is the device's first, and answered at once by the one that waits.
+    kill_hard(serving);
+    until(|| (process(&place, "disk0") == second).then_some(()));
+    let ended = stop(&place, running);
+    assert!(
+        ended.stderr.starts_with(
+            "bulkhead: the standby of disk0 is lost (disk0 (server 2) killed by SIGKILL); the next one is started in 1 seconds\n"
+        ),
+        "{:?}",
+        ended.stderr
+    );
+}
+
+fn a_standby_makes_way_for_a_swap_and_comes_back() {
+    let place = Place::new();
+    let running = with_standby(&place, "any");
+    let first = standby(&place);
+    let swapped = swap(&place, &request(Some(program(&place, "good"))));
+    assert!(
+        matches!(
+            swapped,
+            Reply::Swapped {
+                from: 1,
+                to: 3,
+                mishap: None,
+                ..
+            }
+        ),
+        "{swapped:?}"
+    );
+    let second = standby(&place);
+    assert!(runs(second, "swapped-good"));
+    until(|| is_gone(first).then_some(()));
+    let ended = stop(&place, running);
+    assert_eq!(
+        ended.stdout,
+        "the guest runs\nServerAttached 2\nServerGone 2\nServerAttached 3\nServerGone 1\nServerAttached 4\n"
+    );
+    assert_eq!(ended.stderr, "");
+}

@@ -18,6 +18,10 @@ pub use device::{CacheMode, DiskSource, DiskSpec, NetBackend, NetSpec};
 pub use file::{FileError, read_file};
 pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus};
 
+/// Default patience with a server that does not answer. Generous: on a host that is short of processors a server in
+/// order may wait for its turn, and to kill it would help nobody.
+const PATIENCE_SECONDS: u32 = 5;
+
 /// Limit: the least in which a Linux kernel and its initrd get as far as a message.
 const MIN_MEMORY: Size = Size(32 << 20);
 
@@ -47,6 +51,8 @@ pub struct VmSpec {
     pub on_reset: OnReset,
     pub on_crash: OnCrash,
     pub restart: Restart,
+    /// Seconds that a server may owe an answer before it is taken for dead; 0: it is not asked.
+    pub patience_seconds: u32,
     pub populate: Populate,
     pub require_full_sandbox: bool,
     /// What the processes of the VM log, for example `info` or `info,storvsp=debug`.
@@ -72,6 +78,7 @@ pub struct Draft {
     pub on_reset: Option<value::OnResetWord>,
     pub on_crash: Option<OnCrash>,
     pub restart: Option<Restart>,
+    pub patience: Option<u32>,
     #[serde(default, deserialize_with = "value::by_text_option")]
     pub populate: Option<value::PopulateWord>,
     pub require_full_sandbox: Option<bool>,
@@ -117,6 +124,7 @@ impl Draft {
             on_reset: flags.on_reset.or(self.on_reset),
             on_crash: flags.on_crash.or(self.on_crash),
             restart: flags.restart.or(self.restart),
+            patience: flags.patience.or(self.patience),
             populate: flags.populate.or(self.populate),
             require_full_sandbox: flags.require_full_sandbox.or(self.require_full_sandbox),
             log: flags.log.or(self.log),
@@ -150,6 +158,7 @@ impl Draft {
             on_reset: self.on_reset.unwrap_or_default().0,
             on_crash: self.on_crash.unwrap_or_default(),
             restart: self.restart.unwrap_or_default(),
+            patience_seconds: self.patience.unwrap_or(PATIENCE_SECONDS),
             populate: self.populate.unwrap_or_default().0,
             require_full_sandbox: self.require_full_sandbox.unwrap_or(false),
             log: self.log.unwrap_or_else(|| "warn".to_owned()),

@@ -138,6 +138,11 @@ impl Socket {
         !self.queue.is_empty()
     }
 
+    /// Bytes of the messages that wait.
+    pub fn queued_bytes(&self) -> usize {
+        self.queued_bytes
+    }
+
     /// Receives one message and the descriptors that belong to it; `None`: nothing is there now.
     ///
     /// After any error the connection is to be dropped: messages may be lost.
@@ -201,8 +206,9 @@ fn receive_now(
             Ok(received) => break received,
             Err(rustix::io::Errno::INTR) => continue,
             Err(rustix::io::Errno::AGAIN) => return Ok(None),
-            // The peer died with messages of ours unread.
-            Err(rustix::io::Errno::CONNRESET) => return Err(PeerFault::Eof),
+            // The peer died with messages of ours unread. That is told once; what it said before, and then the end, are
+            // still to be read.
+            Err(rustix::io::Errno::CONNRESET) => continue,
             Err(error) => return Err(PeerFault::Receive(Errno::from_raw(error.raw_os_error()))),
         }
     };

@@ -30,6 +30,23 @@ fn send_raw(socket: &OwnedFd, bytes: &[u8], fd: BorrowedFd<'_>, count: usize) {
     .expect("sent");
 }
 
+#[test]
+fn what_a_peer_said_before_it_died_is_heard_although_it_did_not_listen() {
+    let (mut ours, mut theirs) = sockets();
+    ours.send(&SupervisorToServer::Inspect, &[]).expect("sent");
+    theirs
+        .send(&ServerToSupervisor::Pong { token: 7 }, &[])
+        .expect("sent");
+    // With a message of ours unread.
+    drop(theirs);
+    let (said, _) = ours
+        .recv::<ServerToSupervisor>()
+        .expect("no fault")
+        .expect("there");
+    assert_eq!(said, ServerToSupervisor::Pong { token: 7 });
+    assert_eq!(ours.recv::<ServerToSupervisor>().err(), Some(PeerFault::Eof));
+}
+
 /// A pipe: the reading end sees when the last copy of the writing end is closed.
 fn pipe() -> (OwnedFd, OwnedFd) {
     nix::unistd::pipe().expect("a pipe")

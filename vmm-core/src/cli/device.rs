@@ -19,6 +19,16 @@ pub(super) enum DeviceCommand {
         /// The VM's name
         vm: Name,
     },
+    /// Start a server for a device that is held because its servers died again and again
+    Resume {
+        /// The VM's name
+        vm: Name,
+        /// The device, for example disk0
+        device: String,
+        /// The servers' program from now on [default: the one before]
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
+    },
     /// Replace the server of a device by a new one; the guest does not notice
     #[command(after_help = SWAP_HELP)]
     Swap {
@@ -48,6 +58,7 @@ const HANDOVER: Duration = Duration::from_secs(60);
 pub(super) fn main(command: DeviceCommand) -> Result<()> {
     match command {
         DeviceCommand::List { vm } => list(&vm),
+        DeviceCommand::Resume { vm, device, binary } => resume(&vm, device, binary),
         DeviceCommand::Swap {
             vm,
             device,
@@ -65,6 +76,16 @@ fn list(vm: &Name) -> Result<()> {
             }
             Ok(())
         }
+        other => bail!("{vm} answers {other:?}"),
+    }
+}
+
+fn resume(vm: &Name, device: String, binary: Option<PathBuf>) -> Result<()> {
+    let program = binary.map(full_path).transpose()?;
+    let request = Request::Resume { device, program };
+    match ask(&mut connect(vm)?, &request)? {
+        Reply::Done => Ok(()),
+        Reply::Refused(why) => bail!("{why}"),
         other => bail!("{vm} answers {other:?}"),
     }
 }
@@ -101,7 +122,7 @@ fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> 
             bail!("the VM ended before {device} was swapped")
         }
         Err(error) => Err(error.context(format!(
-            "whether {device} was swapped is not known (bulkhead device list {vm} shows it)"
+            "whether {device} was swapped is not known (bulkhead events {vm} will show it)"
         ))),
     }
 }

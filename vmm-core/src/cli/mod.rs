@@ -3,6 +3,7 @@
 
 mod device;
 mod doctor;
+mod events;
 mod run;
 mod talk;
 
@@ -66,6 +67,24 @@ enum Command {
         #[arg(long)]
         power_button: bool,
     },
+    /// Show what happened to a running VM: deaths, restarts, stalls, swaps
+    Events {
+        /// The VM's name
+        vm: Name,
+        /// Go on until the VM ends
+        #[arg(long, short)]
+        follow: bool,
+        /// One JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the crash reports of a running VM, or show one
+    Crashes {
+        /// The VM's name
+        vm: Name,
+        /// The report's number
+        number: Option<u64>,
+    },
     /// Do something to a device of a running VM
     #[command(subcommand)]
     Device(device::DeviceCommand),
@@ -78,6 +97,8 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => return doctor::main(arguments),
         Command::List => talk::list(),
         Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),
+        Command::Events { vm, follow, json } => events::events(&vm, follow, json),
+        Command::Crashes { vm, number } => events::crashes(&vm, number),
         Command::Device(command) => device::main(command),
         Command::Stop { vm, power_button } => talk::stop(&vm, power_button),
     };
@@ -129,7 +150,7 @@ mod tests {
                 "cannot be used multiple times",
             ),
             (&["--on-crash", "explode"], "say report or exit"),
-            (&["--restart", "never"], "say careful or always"),
+            (&["--restart", "never"], "say careful, always or or-end"),
             (&["--name", "../x"], "is no name for a VM"),
         ] {
             let said = refused(args);

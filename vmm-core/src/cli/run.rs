@@ -57,9 +57,13 @@ pub(super) struct RunArgs {
     /// What a crash of the guest's kernel does: report or exit [default: report]
     #[arg(long, value_name = "WHAT")]
     on_crash: Option<OnCrash>,
-    /// Successors of servers that die: careful (pauses, and a server that only dies is held) or always [default: careful]
+    /// Successors of servers that die: careful (pauses, and a device whose servers only die is held), always, or
+    /// or-end (careful, but the VM ends where the device would be held) [default: careful]
     #[arg(long, value_name = "WHEN")]
     restart: Option<Restart>,
+    /// Seconds after which a server that does not answer is taken for dead; 0: never [default: 5]
+    #[arg(long, value_name = "SECONDS")]
+    patience: Option<u32>,
     /// Whether to fault in the guest's memory at the start: auto, never or always [default: auto]
     #[arg(long, value_name = "WHEN")]
     populate: Option<PopulateWord>,
@@ -94,6 +98,7 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
     match &outcome {
         Outcome::Setup(why) => say(why),
         Outcome::VcpuDied(why) => say(&format!("the VM ended: {why}")),
+        Outcome::DeviceLost(why) => say(&format!("the VM ended: {why}")),
         Outcome::GuestCrashed => say("the VM ended after its kernel had crashed"),
         Outcome::Signal(number) => say(&format!("ended by signal {number}")),
         Outcome::PoweredOff | Outcome::Stopped => {}
@@ -119,6 +124,7 @@ fn describe(args: RunArgs) -> Result<VmSpec, String> {
         on_reset: args.on_reset,
         on_crash: args.on_crash,
         restart: args.restart,
+        patience: args.patience,
         populate: args.populate,
         require_full_sandbox: args.require_full_sandbox.then_some(true),
         log: args.log,

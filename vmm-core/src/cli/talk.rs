@@ -104,7 +104,7 @@ pub(super) fn ask(socket: &mut Socket, request: &Request) -> Result<Reply> {
     receive(socket)
 }
 
-fn receive(socket: &mut Socket) -> Result<Reply> {
+pub(super) fn receive(socket: &mut Socket) -> Result<Reply> {
     receive_within(socket, PATIENCE)
 }
 

@@ -55,6 +55,8 @@ pub enum Restart {
     Careful,
     /// Every death, at once. For tests that kill servers, and for who would rather have load than a silent device.
     Always,
+    /// As [`Restart::Careful`], but the VM ends where a device would be held.
+    OrEnd,
 }
 
 /// [`OnReset`] as a word.
@@ -223,7 +225,8 @@ impl FromStr for Restart {
         match text {
             "careful" => Ok(Restart::Careful),
             "always" => Ok(Restart::Always),
-            _ => Err(format!("restart is not {text:?}: say careful or always")),
+            "or-end" => Ok(Restart::OrEnd),
+            _ => Err(format!("restart is not {text:?}: say careful, always or or-end")),
         }
     }
 }

@@ -15,6 +15,8 @@ use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 use vmbus::ipc::{Message, Socket};
 
+use super::chronicle::Entry;
+
 /// Limit: people at the control socket at once.
 pub const MAX_CLIENTS: usize = 8;
 
@@ -32,6 +34,13 @@ pub enum Request {
     Stop,
     /// Press its power button.
     PowerButton,
+    /// The events with higher numbers than that; with `follow`, those to come, too.
+    Events { after: u64, follow: bool },
+    /// Start a server for a held device, of that program from now on.
+    Resume {
+        device: String,
+        program: Option<PathBuf>,
+    },
     /// Replace the server of a device that serves, by one of that program if one is named.
     Swap {
         device: String,
@@ -73,6 +82,8 @@ pub enum Reply {
     Entries(Vec<(String, String)>),
     Done,
     Refused(String),
+    /// Events, each a line of JSON; `Done` follows the last ones, unless more may come.
+    Events(Vec<String>),
     /// The swap is done.
     Swapped {
         /// Generations.
@@ -119,6 +130,8 @@ impl Message for Request {
             Request::Inspect => "Inspect",
             Request::Stop => "Stop",
             Request::PowerButton => "PowerButton",
+            Request::Events { .. } => "Events",
+            Request::Resume { .. } => "Resume",
             Request::Swap { .. } => "Swap",
             Request::Devices => "Devices",
         }
@@ -132,6 +145,7 @@ impl Message for Reply {
             Reply::Entries(_) => "Entries",
             Reply::Done => "Done",
             Reply::Refused(_) => "Refused",
+            Reply::Events(_) => "Events",
             Reply::Swapped { .. } => "Swapped",
             Reply::Devices(_) => "Devices",
         }
@@ -193,6 +207,27 @@ pub fn connect_to(path: &Path) -> Result<Option<Socket>> {
         Err(Errno::ENOENT | Errno::ECONNREFUSED) => Ok(None),
         Err(errno) => Err(errno).with_context(|| format!("cannot connect to {}", path.display())),
     }
+}
+
+/// Cuts events into messages that can be sent.
+pub fn event_replies(entries: &[Entry], follow: bool) -> Vec<Reply> {
+    let mut replies = Vec::new();
+    let mut batch: Vec<String> = Vec::new();
+    let mut bytes = 0_usize;
+    for entry in entries {
+        let line = serde_json::to_string(entry).expect("an entry is numbers and text");
+        if bytes.saturating_add(line.len()) > ENTRIES_BYTES && !batch.is_empty() {
+            replies.push(Reply::Events(std::mem::take(&mut batch)));
+            bytes = 0;
+        }
+        bytes = bytes.saturating_add(line.len()).saturating_add(16);
+        batch.push(line);
+    }
+    replies.push(Reply::Events(batch));
+    if !follow {
+        replies.push(Reply::Done);
+    }
+    replies
 }
 
 /// Cuts pairs into messages that can be sent.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use vmbus::ipc::SupervisorToVcpu;
 
+use super::chronicle::Event;
 use super::process::Process;
 use super::report::Outcome;
 use super::room::Server;
@@ -17,6 +18,9 @@ impl Supervisor {
         match self.phase {
             Phase::Starting { .. } => self.over(outcome),
             Phase::Running => {
+                self.note(Event::Ending {
+                    why: outcome.to_string(),
+                });
                 self.phase = Phase::EndingVcpu(outcome);
                 self.timers.set(Instant::now() + END_DEADLINE, Timer::EndOverdue);
                 self.send_to_vcpu(&SupervisorToVcpu::Quit, &[]);
@@ -26,6 +30,11 @@ impl Supervisor {
     }
 
     pub(super) fn end_servers(&mut self, outcome: Outcome) {
+        if let Phase::Running = self.phase {
+            self.note(Event::Ending {
+                why: outcome.to_string(),
+            });
+        }
         self.phase = Phase::EndingServers(outcome);
         self.timers.clear(Timer::EndOverdue);
         self.timers.set(Instant::now() + END_DEADLINE, Timer::EndOverdue);

@@ -27,6 +27,7 @@ impl Supervisor {
         for timer in self.timers.due(Instant::now()) {
             self.on_timer(timer);
         }
+        self.store_reports();
         Ok(())
     }
 
@@ -164,6 +165,7 @@ impl Supervisor {
             Timer::Fence { room } => self.try_fence(room),
             Timer::Restart { room } => self.restart_server(room),
             Timer::Standby { room } => self.on_standby_due(room),
+            Timer::Probe => self.on_probe_due(),
             Timer::EndOverdue => self.on_end_overdue(),
             Timer::InspectOverdue => self.finish_inspection(),
         }

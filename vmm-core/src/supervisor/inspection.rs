@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmbus::ipc::{Socket, SupervisorToServer, SupervisorToVcpu};
 
-use super::control::replies;
+use super::control::{Reply, replies};
 use super::room::Server;
 use super::timers::Timer;
 use super::{Phase, Supervisor, process};
@@ -24,6 +24,18 @@ pub struct Client {
     pub waits_for_inspection: bool,
     /// Has asked for a swap in this room.
     pub waits_for_swap: Option<usize>,
+    /// Wants to hear of each event.
+    pub follows: bool,
+}
+
+/// Limit: what may wait for a client that does not read.
+const MAX_WAITING_BYTES: usize = 1024 * 1024;
+
+impl Client {
+    /// Sends; false: the client is gone or does not read.
+    pub fn tell(&mut self, reply: &Reply) -> bool {
+        self.socket.send(reply, &[]).is_ok() && self.socket.queued_bytes() <= MAX_WAITING_BYTES
+    }
 }
 
 /// An inspection under way.

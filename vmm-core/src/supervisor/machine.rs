@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmbus::ipc::{ExitCause as VmExit, OnReset, PeerFault, SupervisorToVcpu, VcpuToSupervisor};
 
+use super::chronicle::Event;
 use super::events::show_lines;
 use super::report::{Outcome, say};
 use super::{MESSAGES_PER_TURN, Phase, Supervisor, process, report, tell_vcpu};
@@ -74,10 +75,13 @@ impl Supervisor {
                     self.crashed = false;
                 }
                 say(&format!("the guest reset itself ({count} so far)"));
+                self.note(Event::GuestReset { count });
             }
             VcpuToSupervisor::GuestCrash { parameters, text } => {
                 self.crashed = true;
                 say(&report::guest_crash(&parameters, text.as_deref()));
+                let text = text.unwrap_or_default();
+                self.note(Event::GuestCrash { parameters, text });
                 if self.on_crash == OnCrash::Exit {
                     self.end(Outcome::GuestCrashed);
                 }

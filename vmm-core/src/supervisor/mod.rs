@@ -35,17 +35,25 @@
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
+//! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
+//! | `liveness.rs` | servers that hang |
+//! | `crash_report.rs` | what is known of a process that died |
 //! | `report.rs` | sentences and exit status |
 
 pub mod backend;
+pub mod chronicle;
+mod clock;
 pub mod console;
 pub mod control;
+pub mod crash_report;
 mod ending;
 mod events;
 pub mod folder;
 mod input;
 mod inspection;
+pub mod liveness;
 mod machine;
+mod operator;
 mod person;
 pub mod plan;
 pub mod policy;
@@ -69,7 +77,9 @@ use vmbus::ipc::hello::PROTOCOL;
 use vmbus::ipc::{ExitCause as VmExit, OnReset, SupervisorToVcpu};
 
 use crate::spec::{Console, OnCrash, VmSpec};
+use chronicle::{Chronicle, Event};
 use control::Listener;
+use crash_report::CrashReport;
 use folder::Folder;
 use input::Input;
 use inspection::{Client, Inspection};
@@ -146,6 +156,13 @@ struct Supervisor {
     clients: Vec<Client>,
     inspection: Option<Inspection>,
     timers: Timers,
+    chronicle: Chronicle,
+    /// Crash reports to be stored once nothing is more urgent, with their numbers.
+    reports: Vec<(u64, CrashReport)>,
+    next_report: u64,
+    /// How long a server may owe an answer; `None`: it is not asked.
+    patience: Option<Duration>,
+    next_token: u64,
     /// Last: removed when nothing of the VM is left.
     folder: Folder,
 }
@@ -231,6 +248,11 @@ impl Supervisor {
             clients: Vec::new(),
             inspection: None,
             timers,
+            chronicle: Chronicle::open(folder.path()),
+            reports: Vec::new(),
+            next_report: 1,
+            patience: liveness::patience(spec),
+            next_token: 0,
             folder,
         })
     }
@@ -273,6 +295,10 @@ impl Supervisor {
         for index in 0..self.rooms.len() {
             self.want_standby(index);
         }
+        self.note(Event::Started {
+            supervisor: std::process::id(),
+        });
+        self.begin_probing();
     }
 
     /// The VM cannot be started; everything that runs is ended by its drop.

@@ -44,6 +44,7 @@ impl Supervisor {
                     socket,
                     waits_for_inspection: false,
                     waits_for_swap: None,
+                    follows: false,
                 });
             }
         }
@@ -70,6 +71,11 @@ impl Supervisor {
                 self.begin_inspection();
                 return;
             }
+            Request::Events { after, follow } => {
+                self.on_events_wanted(index, after, follow);
+                return;
+            }
+            Request::Resume { device, program } => vec![self.resume(&device, program)],
             Request::Swap {
                 device,
                 program,

@@ -48,6 +48,11 @@ impl History {
         }
     }
 
+    /// Whether the VM ends in place of the device being held.
+    pub fn ends_the_vm(&self) -> bool {
+        self.restart == Restart::OrEnd
+    }
+
     /// Somebody has mended something: what was does not count any more.
     pub fn forget(&mut self) {
         *self = History::new(self.restart);

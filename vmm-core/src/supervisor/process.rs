@@ -159,6 +159,11 @@ impl LogPipe {
         lines
     }
 
+    /// The last lines.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.tail.iter().cloned().collect()
+    }
+
     /// The last line that tells of trouble: one of a log below warnings does not.
     pub fn last_words(&self) -> Option<&str> {
         let is_calm = |line: &&String| {

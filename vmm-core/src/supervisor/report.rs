@@ -18,6 +18,21 @@ pub enum Outcome {
     GuestCrashed,
     /// `bulkhead-vcpu` ended without saying why, or could not go on.
     VcpuDied(String),
+    /// A device's servers died again and again, and the VM was to end then.
+    DeviceLost(String),
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Outcome::PoweredOff => f.write_str("the guest switched itself off"),
+            Outcome::Stopped => f.write_str("somebody ended it"),
+            Outcome::Signal(number) => write!(f, "signal {number} to the supervisor"),
+            Outcome::Setup(why) | Outcome::VcpuDied(why) => f.write_str(why),
+            Outcome::GuestCrashed => f.write_str("the guest's kernel crashed"),
+            Outcome::DeviceLost(why) => f.write_str(why),
+        }
+    }
 }
 
 /// The exit statuses, for `--help`.
@@ -28,6 +43,7 @@ Exit status:
   2      the command line or the description of the VM is wrong
   3      the guest's kernel crashed
   4      the process that runs the guest's processors died
+  5      the servers of a device died again and again, and --restart was or-end
   128+N  signal N ended the VM";
 
 impl Outcome {
@@ -38,6 +54,7 @@ impl Outcome {
             Outcome::Setup(_) => 1,
             Outcome::GuestCrashed => 3,
             Outcome::VcpuDied(_) => 4,
+            Outcome::DeviceLost(_) => 5,
             Outcome::Signal(number) => u8::try_from(*number).map_or(255, |number| number.saturating_add(128)),
         }
     }

@@ -15,6 +15,8 @@ use vmbus::record::Recorder;
 
 use super::backend::{Held, same_file};
 use super::control::DeviceLine;
+use super::crash_report::CrashReport;
+use super::liveness::Probe;
 use super::plan::{Backend, Plan, Room};
 use super::policy::History;
 use super::process::Process;
@@ -45,7 +47,11 @@ pub struct RoomState {
     /// The highest generation that was given to a server.
     pub(super) newest: u32,
     pub history: History,
-    /// When the device lost its server, or that one was told to stop, until a successor serves.
+    /// Servers that died.
+    pub deaths: u32,
+    /// What its server has been asked and not answered.
+    pub probe: Option<Probe>,
+    /// When the device lost its server, until a successor serves.
     pub gone_since: Option<Instant>,
     pub passt: Option<Process>,
     /// `None`: passt has to be started first.
@@ -88,6 +94,7 @@ pub struct ServerSettings {
 #[derive(Debug)]
 pub struct Death {
     pub sentence: String,
+    pub report: CrashReport,
 }
 
 /// Opens the rooms of a plan; passt is started later.
@@ -112,6 +119,8 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             standby_ends: StandbyEnds::default(),
             newest: 0,
             history: History::new(spec.restart),
+            deaths: 0,
+            probe: None,
             gone_since: None,
             passt: None,
             held,
@@ -269,14 +278,26 @@ impl RoomState {
             process.log.last_words(),
         );
         let started = process.started;
+        self.deaths = self.deaths.saturating_add(1);
+        self.gone_since.get_or_insert_with(Instant::now);
+        let report = CrashReport {
+            name: self.plan.name.clone(),
+            generation: self.generation,
+            process: process.child.pid.as_raw(),
+            cause,
+            blame: blame.take(),
+            uptime: started.elapsed(),
+            deaths: self.deaths,
+            log: process.log.last_lines(),
+            recorder: process.recorder.take(),
+        };
         self.server = Server::Fencing {
             started,
             since: Instant::now(),
             planned: false,
         };
         self.told_to_stop = None;
-        self.gone_since.get_or_insert_with(Instant::now);
-        Some(Death { sentence })
+        Some(Death { sentence, report })
     }
 
     /// For `bulkhead device list`.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use vmbus::ipc::{ServerToSupervisor, SupervisorToVcpu};
 
+use super::chronicle::Event;
 use super::events::show_lines;
 use super::report::say;
 use super::room::Server;
@@ -64,7 +65,8 @@ impl Supervisor {
                 self.on_serving(index);
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
-            ServerToSupervisor::Pong { .. } | ServerToSupervisor::Warm => {}
+            ServerToSupervisor::Pong { token } => self.on_pong(index, token),
+            ServerToSupervisor::Warm => {}
             ServerToSupervisor::Released => self.on_released(index),
             ServerToSupervisor::Inspect { entries } => self.on_inspected(&name, entries),
             ServerToSupervisor::Event { text } => report::relay(&name, &process::printable(&text)),
@@ -123,6 +125,7 @@ impl Supervisor {
                 // A successor that waits serves from here on; what there is to write can wait.
                 let fenced = self.tell_if_fenced(index);
                 say(&death.sentence);
+                self.note_death(death.report);
                 self.fail_swap(
                     index,
                     generation,
@@ -194,14 +197,9 @@ impl Supervisor {
                 self.timers.set(at, Timer::Restart { room: index });
             }
             policy::Decision::Hold { deaths, within_ms } => {
-                if let Some(room) = self.rooms.get_mut(index) {
-                    room.server = Server::Held;
-                }
                 let seconds = within_ms / 1000;
                 self.dismiss_successor(index);
-                say(&format!(
-                    "{name} died {deaths} times in {seconds} seconds and is left alone; the guest waits for it"
-                ));
+                self.hold(index, &format!("{name} died {deaths} times in {seconds} seconds"));
             }
         }
     }
@@ -213,6 +211,7 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
+        let name = room.plan.name.clone();
         let started = room
             .start_passt()
             .and_then(|()| room.start_server(&self.settings));
@@ -232,16 +231,20 @@ impl Supervisor {
                     },
                 );
                 self.send_to_vcpu(&attached, &[link.as_fd()]);
+                self.note(Event::Restart {
+                    device: name,
+                    generation,
+                });
             }
             Err(error) => {
-                say(&format!("{} has no successor: {error:#}", room.plan.name));
+                say(&format!("{name} has no successor: {error:#}"));
                 let now = self.timers.milliseconds(Instant::now());
                 match room.history.on_death(now, now) {
                     policy::Decision::Restart { after_ms } => {
                         let at = Instant::now() + Duration::from_millis(after_ms);
                         self.timers.set(at, Timer::Restart { room: index });
                     }
-                    policy::Decision::Hold { .. } => room.server = Server::Held,
+                    policy::Decision::Hold { .. } => self.hold(index, &format!("{error:#}")),
                 }
             }
         }
@@ -268,6 +271,9 @@ impl Supervisor {
                 say(&format!(
                     "{name} {cause}; it is started again, and connections through it are lost"
                 ));
+                let device = room.plan.name.clone();
+                let cause = cause.to_string();
+                self.note(Event::NetworkLost { device, cause });
                 // A successor has the old stream, too.
                 self.lose_successor(index, "lost passt");
                 self.kill_server(index, generation, "lost passt");

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use vmbus::ipc::SupervisorToVcpu;
 
+use super::chronicle::Event;
 use super::report::say;
 use super::room::Server;
 use super::timers::Timer;
@@ -83,6 +84,19 @@ impl Supervisor {
         }
     }
 
+    /// The standby waits.
+    pub(super) fn on_standby_prepared(&mut self, index: usize) {
+        let Some(room) = self.rooms.get(index) else {
+            return;
+        };
+        if let Some(successor) = &room.successor {
+            self.note(Event::Standby {
+                device: room.plan.name.clone(),
+                generation: successor.generation,
+            });
+        }
+    }
+
     /// It has ended, while it waited or before.
     pub(super) fn on_standby_end(&mut self, index: usize, lived: Duration, why: &str) {
         let Some(room) = self.rooms.get_mut(index) else {
@@ -93,6 +107,8 @@ impl Supervisor {
         say(&format!(
             "the standby of {device} is lost ({why}); the next one is started in {seconds} seconds"
         ));
+        let why = why.to_owned();
+        self.note(Event::StandbyLost { device, why });
         self.set_standby_timer(index, pause);
     }
 }

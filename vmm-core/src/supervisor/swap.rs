@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use vmbus::ipc::{ServerToSupervisor, SupervisorToServer, SupervisorToVcpu};
 
+use super::chronicle::Event;
 use super::control::Reply;
 use super::report::say;
 use super::room::Server;
@@ -59,7 +60,7 @@ impl Supervisor {
             Server::Running { ready: true, .. } if room.told_to_stop.is_none() => {}
             Server::Held => {
                 return Err(format!(
-                    "{device} is held after too many deaths, and there is no server to swap"
+                    "{device} is held, so there is no server to swap: bulkhead device resume starts one, of another program if you say --binary"
                 ));
             }
             Server::Running { .. } | Server::Fencing { .. } | Server::Pausing => {
@@ -181,7 +182,10 @@ impl Supervisor {
                 generation: successor.generation,
             };
             self.timers.clear(overdue);
-            self.stop_predecessor(index);
+            match room.swap {
+                Some(_) => self.stop_predecessor(index),
+                None => self.on_standby_prepared(index),
+            }
         }
     }
 
@@ -300,7 +304,13 @@ impl Supervisor {
         if !room.promote() {
             return false;
         }
-        if room.server.is_ready() {
+        let ready = room.server.is_ready();
+        let device = room.plan.name.clone();
+        let generation = room.generation;
+        if room.swap.is_none() {
+            self.note(Event::Promoted { device, generation });
+        }
+        if ready {
             self.on_serving(index);
         }
         true
@@ -312,28 +322,47 @@ impl Supervisor {
             return;
         };
         let generation = room.generation;
-        let stall = room
-            .gone_since
-            .take()
-            .map_or(Duration::ZERO, |since| since.elapsed());
+        let device = room.plan.name.clone();
+        let stall = room.gone_since.take().map(|since| since.elapsed());
+        let stall_us = stall.map(|stall| u64::try_from(stall.as_micros()).unwrap_or(u64::MAX));
         let Server::Running { process, .. } = &room.server else {
             return;
         };
         let process = process.child.pid.as_raw();
-        if let Some(swap) = room.swap.take_if(|swap| swap.to == generation) {
-            if swap.program.is_some() {
-                room.program = swap.program;
+        match room.swap.take_if(|swap| swap.to == generation) {
+            Some(swap) => {
+                if swap.program.is_some() {
+                    room.program = swap.program;
+                }
+                // The deaths were those of the servers before.
+                room.history.forget();
+                let stall_us = stall_us.unwrap_or(0);
+                self.answer_swap(
+                    index,
+                    &Reply::Swapped {
+                        from: swap.from,
+                        to: swap.to,
+                        process,
+                        stall_us,
+                        mishap: swap.mishap,
+                    },
+                );
+                self.note(Event::Swap {
+                    device,
+                    from: swap.from,
+                    to: swap.to,
+                    stall_us,
+                });
             }
-            // The deaths were those of the servers before.
-            room.history.forget();
-            let done = Reply::Swapped {
-                from: swap.from,
-                to: swap.to,
-                process,
-                stall_us: u64::try_from(stall.as_micros()).unwrap_or(u64::MAX),
-                mishap: swap.mishap,
-            };
-            self.answer_swap(index, &done);
+            None => {
+                if let Some(stall_us) = stall_us {
+                    self.note(Event::Serving {
+                        device,
+                        generation,
+                        stall_us,
+                    });
+                }
+            }
         }
         self.want_standby(index);
     }
@@ -349,13 +378,16 @@ impl Supervisor {
         let device = room.plan.name.clone();
         say(&format!("the swap of {device} has failed: {why}"));
         self.answer_swap(index, &Reply::Refused(format!("the swap has failed: {why}")));
+        self.note(Event::SwapFailed {
+            device,
+            why: why.to_owned(),
+        });
         self.want_standby(index);
     }
 
     fn answer_swap(&mut self, index: usize, reply: &Reply) {
         self.clients.retain_mut(|client| {
-            client.waits_for_swap.take_if(|room| *room == index).is_none()
-                || client.socket.send(reply, &[]).is_ok()
+            client.waits_for_swap.take_if(|room| *room == index).is_none() || client.tell(reply)
         });
     }
 }

@@ -23,6 +23,8 @@ pub enum Timer {
     Standby { room: usize },
     /// A process that was asked to end has not.
     EndOverdue,
+    /// Ask the servers whether they still turn.
+    Probe,
     /// A process has not answered to an inspection.
     InspectOverdue,
 }

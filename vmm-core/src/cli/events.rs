@@ -1,0 +1,95 @@
+#![forbid(unsafe_code)]
+//! `bulkhead events` and `bulkhead crashes`. Both read the VM's folder, and work without a supervisor; only following
+//! needs one.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::AsFd;
+use vmbus::ipc::PeerFault;
+
+use super::talk::connect;
+use crate::spec::Name;
+use crate::supervisor::chronicle::{self, Entry};
+use crate::supervisor::control::{Reply, Request};
+use crate::supervisor::crash_report;
+use crate::supervisor::folder::base;
+
+pub(super) fn events(vm: &Name, follow: bool, json: bool) -> Result<()> {
+    let folder = folder_of(vm)?;
+    if !follow {
+        for entry in chronicle::read_after(&folder, 0) {
+            show(&entry, json)?;
+        }
+        return Ok(());
+    }
+    let mut socket = connect(vm)?;
+    let request = Request::Events { after: 0, follow };
+    socket.send(&request, &[])?;
+    loop {
+        match socket.recv::<Reply>() {
+            Ok(Some((Reply::Events(lines), _))) => {
+                for line in lines {
+                    show(
+                        &serde_json::from_str(&line).context("an event that is none")?,
+                        json,
+                    )?;
+                }
+            }
+            Ok(Some((other, _))) => bail!("{vm} answers {other:?}"),
+            Ok(None) => {
+                let mut list = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+                match poll(&mut list, PollTimeout::NONE) {
+                    Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                    Err(errno) => bail!("poll failed: {}", errno.desc()),
+                }
+            }
+            // The VM has ended, or its supervisor.
+            Err(PeerFault::Eof) => return Ok(()),
+            Err(fault) => return Err(fault.into()),
+        }
+    }
+}
+
+pub(super) fn crashes(vm: &Name, number: Option<u64>) -> Result<()> {
+    let folder = folder_of(vm)?;
+    let Some(number) = number else {
+        for (number, line) in crash_report::list(&folder) {
+            print(&format!("{number} {line}"))?;
+        }
+        return Ok(());
+    };
+    match crash_report::read(&folder, number) {
+        Ok(text) => print(text.trim_end()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            bail!("{vm} has no crash report {number} (bulkhead crashes {vm} lists those that it has)")
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn folder_of(vm: &Name) -> Result<PathBuf> {
+    let folder = base().join(vm.as_str());
+    if !folder.is_dir() {
+        bail!("no VM named {vm} runs for this user (bulkhead list shows which do)");
+    }
+    Ok(folder)
+}
+
+fn show(entry: &Entry, json: bool) -> Result<()> {
+    if json {
+        print(&serde_json::to_string(entry)?)
+    } else {
+        print(&entry.to_string())
+    }
+}
+
+fn print(line: &str) -> Result<()> {
+    match writeln!(io::stdout(), "{line}") {
+        // Who closes the pipe has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        written => Ok(written?),
+    }
+}

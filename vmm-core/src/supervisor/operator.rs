@@ -1,0 +1,100 @@
+#![forbid(unsafe_code)]
+//! What an operator is told (events, crash reports), and what only an operator can do (resume a device).
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use super::chronicle::{Event, read_after};
+use super::control::{Reply, event_replies};
+use super::crash_report::CrashReport;
+use super::report::{Outcome, say};
+use super::room::Server;
+use super::timers::Timer;
+use super::{Phase, Supervisor};
+
+impl Supervisor {
+    /// Writes an event down and tells those who follow. One who does not read loses its connection; nobody waits.
+    pub(super) fn note(&mut self, event: Event) {
+        let reply = Reply::Events(vec![self.chronicle.add(event)]);
+        self.clients
+            .retain_mut(|client| !client.follows || client.tell(&reply));
+    }
+
+    /// Notes the death of a server. The report is stored when its successor has been started.
+    pub(super) fn note_death(&mut self, report: CrashReport) {
+        let number = self.next_report;
+        self.next_report = number.saturating_add(1);
+        self.note(Event::Death {
+            device: report.name.clone(),
+            generation: report.generation,
+            cause: report.cause(),
+            why: report.blame.clone(),
+            report: Some(number),
+        });
+        self.reports.push((number, report));
+    }
+
+    pub(super) fn store_reports(&mut self) {
+        for (number, report) in std::mem::take(&mut self.reports) {
+            if let Err(error) = report.store(self.folder.path(), number) {
+                say(&format!("cannot keep crash report {number}: {error}"));
+            }
+        }
+    }
+
+    /// A client wants the events after a number, and with `follow` those to come.
+    pub(super) fn on_events_wanted(&mut self, index: usize, after: u64, follow: bool) {
+        let replies = event_replies(&read_after(self.folder.path(), after), follow);
+        if let Some(client) = self.clients.get_mut(index) {
+            client.follows = follow;
+        }
+        self.answer_client(index, &replies);
+    }
+
+    /// The device gets no server; or the VM ends, if it was so ordered.
+    pub(super) fn hold(&mut self, index: usize, why: &str) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        room.server = Server::Held;
+        let device = room.plan.name.clone();
+        if room.history.ends_the_vm() {
+            return self.end(Outcome::DeviceLost(why.to_owned()));
+        }
+        say(&format!(
+            "{device} is held: {why}; the guest waits for it until you say bulkhead device resume"
+        ));
+        let why = why.to_owned();
+        self.note(Event::Held { device, why });
+    }
+
+    /// Starts a server for a held device, of another program from now on if one is named.
+    pub(super) fn resume(&mut self, device: &str, program: Option<PathBuf>) -> Reply {
+        let Some(index) = self.rooms.iter().position(|room| room.plan.name == device) else {
+            let names: Vec<&str> = self.rooms.iter().map(|room| room.plan.name.as_str()).collect();
+            return Reply::Refused(format!(
+                "there is no device {device:?}; there are: {}",
+                names.join(", ")
+            ));
+        };
+        let Some(room) = self
+            .rooms
+            .get_mut(index)
+            .filter(|_| matches!(self.phase, Phase::Running))
+        else {
+            return Reply::Refused("the VM does not run".to_owned());
+        };
+        if !matches!(room.server, Server::Held) {
+            return Reply::Refused(format!("{device} is not held"));
+        }
+        if program.is_some() {
+            room.program = program;
+        }
+        room.history.forget();
+        room.server = Server::Pausing;
+        let device = device.to_owned();
+        self.note(Event::Resumed { device });
+        self.timers.set(Instant::now(), Timer::Restart { room: index });
+        Reply::Done
+    }
+}

@@ -39,6 +39,8 @@
 //! committed) or its old one (then it is not). The ring is the guest's memory; any other value means that the guest
 //! has scribbled over it, and the channel is given up. Our read index is never read back from the ring.
 //!
+//! `model/` explores this completely over small rings: every order of guest, server and death, before every store.
+//!
 //! What a predecessor left is validated like a guest's bytes: it may have been taken over before it died.
 //!
 //! # Who writes
@@ -52,6 +54,8 @@
 
 mod channel;
 mod layout;
+#[cfg(test)]
+mod model;
 mod parts;
 mod recover;
 mod saved_state;

@@ -30,11 +30,6 @@ impl Supervisor {
     }
 
     pub(super) fn end_servers(&mut self, outcome: Outcome) {
-        if let Phase::Running = self.phase {
-            self.note(Event::Ending {
-                why: outcome.to_string(),
-            });
-        }
         self.phase = Phase::EndingServers(outcome);
         self.timers.clear(Timer::EndOverdue);
         self.timers.set(Instant::now() + END_DEADLINE, Timer::EndOverdue);

@@ -115,7 +115,13 @@ impl Supervisor {
                 self.phase = phase;
                 return;
             }
-            Phase::Running => self.outcome_of(cause),
+            Phase::Running => {
+                let outcome = self.outcome_of(cause);
+                self.note(Event::Ending {
+                    why: outcome.to_string(),
+                });
+                outcome
+            }
         };
         self.end_servers(outcome);
     }

@@ -229,6 +229,9 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
     if play != "cold" {
         socket.send(&ServerToSupervisor::Warm, &[]).expect("sent");
     }
+    if play == "dies-at-work" {
+        std::process::abort();
+    }
     let link = Socket::new(fds.into_iter().next().expect("the link"));
     loop {
         let ready = {
@@ -252,6 +255,10 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
                         std::thread::park();
                     }
                     return ExitCode::SUCCESS;
+                }
+                Some((SupervisorToServer::Ping { token }, _)) if play != "deaf" => {
+                    // The supervisor may be at its end.
+                    socket.send(&ServerToSupervisor::Pong { token }, &[]).ok();
                 }
                 None if play != "ignore-stop" => return ExitCode::SUCCESS,
                 Some((SupervisorToServer::Inspect, _)) => {

@@ -68,7 +68,7 @@ pub const ALL: &[(&str, fn())] = &[
 ];
 
 /// A VM with one disk whose servers are of that play.
-fn with_disk(place: &Place, play: &str) -> Running {
+pub fn with_disk(place: &Place, play: &str) -> Running {
     let disk = match play {
         "" => "memory=1M".to_owned(),
         play => format!("memory=1M,serial={play}"),
@@ -100,7 +100,7 @@ fn standby(place: &Place) -> i32 {
     })
 }
 
-fn stop(place: &Place, running: Running) -> Ended {
+pub fn stop(place: &Place, running: Running) -> Ended {
     assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
     let ended = running.wait();
     ended.expect(0, "");
@@ -108,7 +108,7 @@ fn stop(place: &Place, running: Running) -> Ended {
 }
 
 /// A program of that play.
-fn program(place: &Place, play: &str) -> PathBuf {
+pub fn program(place: &Place, play: &str) -> PathBuf {
     let path = place.path(&format!("{SWAPPED}{play}"));
     if !path.exists() {
         symlink(std::env::current_exe().expect("known"), &path).expect("linked");
@@ -141,7 +141,7 @@ fn refusal(reply: &Reply) -> String {
 }
 
 /// The process of that name, once there is one.
-fn process(place: &Place, name: &str) -> i32 {
+pub fn process(place: &Place, name: &str) -> i32 {
     until(|| {
         let processes = place.wait_until_it_runs();
         processes
@@ -152,7 +152,7 @@ fn process(place: &Place, name: &str) -> i32 {
 }
 
 /// What is looked for, with a deadline: an end of another's child, or a line of another's, is no event here.
-fn until<T>(look: impl Fn() -> Option<T>) -> T {
+pub fn until<T>(look: impl Fn() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match look() {

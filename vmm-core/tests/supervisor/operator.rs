@@ -1,0 +1,214 @@
+#![forbid(unsafe_code)]
+//! What an operator is told, and devices that are held.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmm_core::supervisor::chronicle::{Entry, Event, read_after};
+use vmm_core::supervisor::control::{Reply, Request};
+use vmm_core::supervisor::crash_report;
+
+use super::cases::{Place, Running};
+use super::swaps::{process, program, stop, until, with_disk};
+
+pub const ALL: &[(&str, fn())] = &[
+    (
+        "a_death_is_told_by_events_and_a_report",
+        a_death_is_told_by_events_and_a_report,
+    ),
+    (
+        "a_server_that_does_not_answer_is_killed_and_one_that_answers_is_not",
+        a_server_that_does_not_answer_is_killed_and_one_that_answers_is_not,
+    ),
+    (
+        "a_device_whose_servers_only_die_is_held_until_somebody_resumes_it",
+        a_device_whose_servers_only_die_is_held_until_somebody_resumes_it,
+    ),
+    (
+        "a_vm_that_is_so_configured_ends_when_a_device_would_be_held",
+        a_vm_that_is_so_configured_ends_when_a_device_would_be_held,
+    ),
+    (
+        "who_follows_the_events_hears_of_each_and_of_the_end",
+        who_follows_the_events_hears_of_each_and_of_the_end,
+    ),
+];
+
+/// All events so far.
+fn events(place: &Place) -> Vec<Entry> {
+    read_after(&place.path("run/vm"), 0)
+}
+
+/// The first event for which there is something to say.
+fn event<T>(place: &Place, look: impl Fn(&Event) -> Option<T>) -> T {
+    until(|| events(place).iter().find_map(|entry| look(&entry.event)))
+}
+
+fn kill_hard(process: i32) {
+    kill(Pid::from_raw(process), Signal::SIGKILL).expect("killed");
+}
+
+fn a_death_is_told_by_events_and_a_report() {
+    let place = Place::new();
+    let running = with_disk(&place, "noisy");
+    kill_hard(process(&place, "disk0"));
+    event(&place, |event| match event {
+        Event::Serving {
+            device,
+            generation: 2,
+            stall_us,
+        } => {
+            assert_eq!(device, "disk0");
+            assert!((1..30_000_000).contains(stall_us), "{stall_us}");
+            Some(())
+        }
+        _ => None,
+    });
+    let (cause, number) = event(&place, |event| match event {
+        Event::Death {
+            device,
+            generation: 1,
+            cause,
+            why: None,
+            report,
+        } => Some((format!("{device} {cause}"), report.expect("there is one"))),
+        _ => None,
+    });
+    assert_eq!(
+        cause,
+        "disk0 killed by SIGKILL from outside, for example by the kernel for want of memory"
+    );
+    let names: Vec<String> = events(&place)
+        .iter()
+        .map(|entry| serde_json::to_value(&entry.event).expect("JSON")["event"].to_string())
+        .collect();
+    assert_eq!(names, ["\"started\"", "\"death\"", "\"restart\"", "\"serving\""]);
+    let folder = place.path("run/vm");
+    let text = until(|| {
+        crash_report::read(&folder, number)
+            .ok()
+            .filter(|text| text.contains("recorder"))
+    });
+    for part in [
+        "disk0 (server 1) killed by SIGKILL",
+        "deaths of disk0: 1\n",
+        " alert\n",
+        "flight recorder: 0 events",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    assert_eq!(crash_report::list(&folder).len(), 1);
+    stop(&place, running);
+}
+
+fn a_server_that_does_not_answer_is_killed_and_one_that_answers_is_not() {
+    let place = Place::new();
+    let running = place.start(&[
+        "--cmdline",
+        "watch",
+        "--patience",
+        "1",
+        "--disk",
+        "memory=1M,serial=deaf",
+        "--disk",
+        "memory=2M",
+    ]);
+    place.wait_until_it_runs();
+    let good = process(&place, "disk1");
+    // The deaf one is found out twice; the other one is asked as often.
+    for deaf in [1, 2] {
+        event(&place, |event| match event {
+            Event::Death {
+                device,
+                generation,
+                why: Some(why),
+                ..
+            } if device == "disk0" && *generation == deaf => {
+                assert!(why.contains("hangs: no answer for 1 seconds"), "{why}");
+                Some(())
+            }
+            _ => None,
+        });
+    }
+    assert_eq!(process(&place, "disk1"), good);
+    stop(&place, running);
+}
+
+/// A VM whose disk's servers die as soon as they serve.
+fn with_a_loop(place: &Place, restart: &str) -> Running {
+    place.start(&[
+        "--cmdline",
+        "watch",
+        "--restart",
+        restart,
+        "--disk",
+        "memory=1M,serial=dies-at-work",
+    ])
+}
+
+fn a_device_whose_servers_only_die_is_held_until_somebody_resumes_it() {
+    let place = Place::new();
+    let running = with_a_loop(&place, "careful");
+    place.wait_until_it_runs();
+    let resume = |program| Request::Resume {
+        device: "disk0".to_owned(),
+        program,
+    };
+    match &place.ask(&resume(None))[..] {
+        [Reply::Refused(why)] => assert_eq!(why, "disk0 is not held"),
+        other => panic!("{other:?}"),
+    }
+    let why = event(&place, |event| match event {
+        Event::Held { device, why } if device == "disk0" => Some(why.clone()),
+        _ => None,
+    });
+    assert!(why.starts_with("disk0 died 10 times in "), "{why}");
+    assert_eq!(crash_report::list(&place.path("run/vm")).len(), 10);
+    let good = program(&place, "good");
+    assert_eq!(place.ask(&resume(Some(good))), [Reply::Done]);
+    event(&place, |event| {
+        matches!(event, Event::Serving { generation: 11, .. }).then_some(())
+    });
+    assert!(
+        events(&place)
+            .iter()
+            .any(|entry| matches!(entry.event, Event::Resumed { .. }))
+    );
+    stop(&place, running);
+}
+
+fn a_vm_that_is_so_configured_ends_when_a_device_would_be_held() {
+    let place = Place::new();
+    let ended = with_a_loop(&place, "or-end").wait();
+    assert_ne!(ended.status.code(), Some(0));
+    assert!(
+        ended.stderr.contains("disk0 died 10 times in "),
+        "{}",
+        ended.stderr
+    );
+    assert!(!place.path("run/vm").exists(), "the folder is removed");
+}
+
+fn who_follows_the_events_hears_of_each_and_of_the_end() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let mut socket = place.connect();
+    let request = Request::Events {
+        after: 0,
+        follow: true,
+    };
+    socket.send(&request, &[]).expect("sent");
+    kill_hard(process(&place, "disk0"));
+    event(&place, |event| {
+        matches!(event, Event::Serving { .. }).then_some(())
+    });
+    stop(&place, running);
+    let mut heard = String::new();
+    while let Ok(Some((Reply::Events(lines), _))) = socket.recv::<Reply>() {
+        heard += &lines.join("\n");
+        heard += "\n";
+    }
+    for name in ["started", "death", "restart", "serving", "ending"] {
+        let field = format!("\"event\":\"{name}\"");
+        assert_eq!(heard.matches(&field).count(), 1, "{name} in {heard}");
+    }
+}

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 /// 64 KiB blocks of each transfer to and from the disk: 256 MiB, which take the emulated machine more than a second.
 const DISK_BLOCKS: u64 = 4096;
 const DISK_BYTES: u64 = DISK_BLOCKS << 16;
-/// Likewise for the network: 8 MiB. The emulator breaks down the sooner the more interrupts it has to deliver.
-const NET_BLOCKS: u64 = 128;
+/// Likewise for the network: 32 MiB.
+const NET_BLOCKS: u64 = 512;
 const NET_BYTES: u64 = NET_BLOCKS << 16;
 const MEMORY_MIB: u64 = 256;
 const HOST: &str = "192.168.214.1";

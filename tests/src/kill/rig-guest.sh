@@ -1,5 +1,5 @@
 # What the guest does while its servers are killed: fio with verification on a file system, and a TCP stream each way, until
-# the host says that it is over. No line may come into the kernel's log meanwhile, not even a harmless one.
+# the host says that it is over. No line may come into the kernel's log meanwhile, not even a harmless one of a driver.
 network_up
 await /dev/sda
 mkfs.ext4 -q -F /dev/sda && mount -t ext4 /dev/sda /mnt || fail "file system"
@@ -32,8 +32,10 @@ for way in received sent; do
     ours=sent; [ $way = sent ] && ours=received
     cmp /tmp/host /tmp/$ours.sum || fail "wrong: the host has $way something else: $(cat /tmp/host /tmp/$ours.sum)"
 done
-dmesg | grep -iE 'incorrect transaction|invalid transaction|completion' && fail "double: a completion that the driver does not know"
-[ -z "$(dmesg)" ] || fail "wrong: the kernel's log has new lines"
+# One line is the emulator's when its host is busy: the guest's processor was not run for a while.
+dmesg | grep -v 'hrtimer: interrupt took' >/tmp/log
+grep -iE 'incorrect transaction|invalid transaction|completion' /tmp/log && fail "double: a completion that the driver does not know"
+[ -s /tmp/log ] && { cat /tmp/log; fail "wrong: the kernel's log has new lines"; }
 umount /mnt || fail "wrong: umount"
 echo "guest: noticed nothing"
 exit 0

@@ -11,10 +11,16 @@ replace() {
     old=$(pidof $2) || { echo "FAILED lost: there is no $2"; return; }
     case $1 in
     kill) kill -9 $old ;;
-    swap) bulkhead device swap deaths $3 || { echo "FAILED lost: no swap of $3"; return; } ;;
+    # Refused as long as a server that was killed has no successor.
+    swap) for try in $(seq 100); do
+            bulkhead device swap deaths $3 && break
+            [ $try = 100 ] && { echo "FAILED lost: no swap of $3"; return; }
+            old=$(pidof $2)
+            usleep 50000
+        done ;;
     esac
     for try in $(seq 1000); do
-        new=$(pidof $2) && [ "$new" != "$old" ] && { echo "rig: replaced $2 $old by $new"; return; }
+        new=$(pidof $2) && [ -n "$new" ] && [ "$new" != "$old" ] && { echo "rig: replaced $2 $old by $new"; return; }
         usleep 20000
     done
     echo "FAILED lost: no successor of $2 $old"
@@ -29,7 +35,7 @@ PLAN
         replace $act $program $device </dev/null
         usleep $pause
     done </root/plan
-    bulkhead events deaths --json | sed -n 's/.*"event":"serving".*"stall_us":\([0-9]*\).*/rig: stall \1/p'
+    bulkhead events deaths --json | sed -n 's/.*"event":"\(serving\|swap\)".*"stall_us":\([0-9]*\).*/rig: stall \2 \1/p'
     : >/root/www/done
 ) & helpers="$helpers $!"
 MORE=/opt/guest/more.cpio

@@ -1,7 +1,8 @@
 //! `cargo xtask bench`: each figure beside a baseline measured in the same run.
 //!
 //! One line a figure: `bench NAME value=N unit=U baseline=N ratio=R`, where ratio is value / baseline. Machines are noisy;
-//! the two sides of a ratio take turns, and the medians are compared.
+//! the two sides of a ratio take turns, and the medians are compared. A second line, indented, tells people what the baseline
+//! is and between which quartiles the single rounds lay.
 
 #![forbid(unsafe_code)]
 
@@ -83,6 +84,24 @@ impl Figure {
             number(ratio)
         )
     }
+
+    fn remark(&self) -> String {
+        let spread = |runs: &[f64]| {
+            let [low, high] = quartiles(runs);
+            format!(
+                "{} to {} in half of {} rounds",
+                number(low),
+                number(high),
+                runs.len()
+            )
+        };
+        format!(
+            "  {}; beside {}: {}",
+            spread(&self.runs),
+            self.against,
+            spread(&self.baseline_runs)
+        )
+    }
 }
 
 /// Three to four significant digits are more than these machines can tell.
@@ -105,6 +124,14 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
+/// The values a quarter and three quarters up; 0 for none.
+pub fn quartiles(values: &[f64]) -> [f64; 2] {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().saturating_sub(1);
+    [last / 4, last - last / 4].map(|index| sorted.get(index).copied().unwrap_or(0.0))
+}
+
 /// Figures that are measured together, and how.
 struct Group {
     names: &'static [&'static str],
@@ -113,7 +140,13 @@ struct Group {
 
 const GROUPS: &[Group] = &[
     Group {
-        names: &["ring-256", "ring-64k", "ring-64k-alone"],
+        names: &[
+            "ring-256",
+            "ring-64k",
+            "ring-256-polled",
+            "ring-64k-inline",
+            "ring-64k-crossing",
+        ],
         measure: ring::measure,
     },
     Group {
@@ -161,7 +194,7 @@ pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
         }
         for figure in (group.measure)(&wanted)? {
             if wanted.contains(&figure.name) {
-                println!("{}", figure.line());
+                println!("{}\n{}", figure.line(), figure.remark());
                 figures.push(figure);
             }
         }
@@ -193,6 +226,13 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn half_of_the_values_lie_between_the_quartiles() {
+        assert_eq!(quartiles(&[5.0, 1.0, 4.0, 2.0, 3.0]), [2.0, 4.0]);
+        assert_eq!(quartiles(&[7.0]), [7.0, 7.0]);
+        assert_eq!(quartiles(&[]), [0.0, 0.0]);
     }
 
     #[test]

@@ -129,6 +129,51 @@ fn a_request_is_answered_and_interrupts_once_with_its_flag() {
 }
 
 #[test]
+fn a_guest_in_a_burst_is_asked_to_kick_again_when_it_pauses() {
+    let mut open = open(ChannelOptions {
+        ring_pages: 32,
+        ..SMALL
+    });
+    for _ in 0..2 {
+        for _ in 0..100 {
+            open.channel.send_in_band(0, false, &[&[0; 64]]).expect("room");
+        }
+        open.channel.flush().expect("flush");
+        assert!(open.is_kicked());
+        open.endpoint.drain_kick().expect("a kick");
+        while open
+            .endpoint
+            .receive(&mut open.buf)
+            .expect("good packets")
+            .is_some()
+        {
+            open.endpoint.consume();
+        }
+        assert_eq!(open.endpoint.prepare_sleep(), Ok(false));
+        assert!(!open.is_kicked());
+    }
+}
+
+#[test]
+fn a_guest_that_waits_for_room_is_interrupted_when_there_is_enough() {
+    let mut open = open(SMALL);
+    while open.channel.send_in_band(0, false, &[&[0; 480]]).is_ok() {}
+    open.channel.flush().expect("flush");
+    assert_eq!(open.channel.wait_room(504, Instant::now()), Ok(false));
+    while open
+        .endpoint
+        .receive(&mut open.buf)
+        .expect("good packets")
+        .is_some()
+    {
+        open.endpoint.consume();
+    }
+    open.endpoint.commit_taken().expect("the guest behaves");
+    assert_eq!(open.endpoint.counters().interrupts, 1);
+    assert_eq!(open.channel.wait_room(504, deadline()), Ok(true));
+}
+
+#[test]
 fn at_queue_depth_32_there_is_less_than_one_interrupt_for_two_completions() {
     let mut open = open(ChannelOptions {
         ring_pages: 32,

@@ -241,7 +241,14 @@ impl GuestSpans {
 
     /// Sets the `len` bytes from `start` to zero.
     pub fn zero(&self, start: usize, len: usize) -> Result<(), OutOfRange> {
-        self.for_each_part(start, len, |offset, part| self.map.fill(offset, part as usize, 0))
+        self.fill(start, len, 0)
+    }
+
+    /// Sets the `len` bytes from `start` to `value`.
+    pub fn fill(&self, start: usize, len: usize, value: u8) -> Result<(), OutOfRange> {
+        self.for_each_part(start, len, |offset, part| {
+            self.map.fill(offset, part as usize, value)
+        })
     }
 
     /// `readv(2)`: fills `prefix` (private memory) first, then the spans. Returns the bytes read, prefix included.

@@ -118,6 +118,13 @@ impl RingReader {
         Ok(())
     }
 
+    /// Whether there is something to read, by a fresh look. No promise that the writer signals what comes later: see
+    /// [`RingReader::unmask_and_check`].
+    pub fn has_more(&mut self) -> Result<bool, RingFault> {
+        self.look()?;
+        Ok(self.write != self.staged)
+    }
+
     /// Where the next packet will be read.
     pub fn staged_index(&self) -> u32 {
         self.staged
@@ -187,8 +194,7 @@ impl RingReader {
         self.memory
             .store(ControlWord::InterruptMask, 0, Ordering::Relaxed);
         full_fence(Fence::BeforeSleep);
-        self.look()?;
-        Ok(self.write != self.staged)
+        self.has_more()
     }
 }
 

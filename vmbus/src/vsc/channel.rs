@@ -191,6 +191,17 @@ impl GuestChannel {
         }
     }
 
+    /// Waits until more than `needed` bytes (see [`RingWriter::needed_bytes`]) can be staged, as a driver does whose packet
+    /// found no room: the server interrupts when it has made it. `false`: the deadline has passed.
+    pub fn wait_room(&mut self, needed: u32, deadline: Instant) -> Result<bool, VscError> {
+        while !self.writer.request_space(needed)? {
+            if !self.wait_interrupt(deadline)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits for an interrupt, whether or not there is something to receive. `false`: the deadline has passed.
     pub fn wait_interrupt(&mut self, deadline: Instant) -> Result<bool, VscError> {
         if !wait_until(self.interrupt.as_fd(), deadline)? {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod open;
+mod sleep;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -58,6 +59,8 @@ pub struct Endpoint {
     /// Where the packet begins that was received last, while it can be put back.
     last_received: Option<u32>,
     masked: bool,
+    /// Packets received since the kick was last waited for.
+    burst: u32,
     stall: Stall,
     /// Requests taken and not answered, those in `deferred` included.
     outstanding: u32,
@@ -201,6 +204,7 @@ impl Endpoint {
             Ok(Some(packet)) => {
                 self.last_received = Some(start);
                 self.counters.received += 1;
+                self.burst = self.burst.saturating_add(1);
                 Ok(Some(packet))
             }
             Err(fault) => Err(self.fail(fault.into())),
@@ -478,39 +482,6 @@ impl Endpoint {
                 Ok(())
             }
             Err(fault) => Err(self.fail(fault.into())),
-        }
-    }
-
-    /// To be called before waiting for the kick: publishes everything and arranges to be kicked. `true`: there is
-    /// something to do already, do not wait.
-    ///
-    /// While reading is stalled (a packet was put back, or [`Self::can_answer`] said no) packets in the ring are no
-    /// reason to stay awake, but an answered request since then is.
-    pub fn prepare_sleep(&mut self) -> Result<bool, GuestFault> {
-        self.publish()?;
-        if self.wanted_bytes != 0 {
-            self.wish_is_set = true;
-            match self.writer.request_space(self.wanted_bytes) {
-                Ok(false) => {}
-                Ok(true) => {
-                    (self.wanted_bytes, self.wish_is_set, self.stall) = (0, false, Stall::No);
-                    return Ok(true);
-                }
-                Err(fault) => return Err(self.fail(fault.into())),
-            }
-        }
-        match self.stall {
-            Stall::Yes => Ok(false),
-            Stall::Over => {
-                self.stall = Stall::No;
-                Ok(true)
-            }
-            Stall::No => {
-                self.masked = false;
-                self.reader
-                    .unmask_and_check()
-                    .map_err(|fault| self.fail(fault.into()))
-            }
         }
     }
 

@@ -90,6 +90,7 @@ impl Endpoint {
             interrupt: Interrupt::new(event_flags, interrupt, name.channel, target_vp)?,
             last_received: None,
             masked: false,
+            burst: 0,
             stall: Stall::No,
             outstanding: 0,
             answer_bytes: 0,

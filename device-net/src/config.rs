@@ -8,7 +8,7 @@ use thiserror::Error;
 pub const QUEUES_MAX: u16 = 64;
 /// Smallest and largest MTU (RFC 791; what the receive buffer's geometry is made for, without Ethernet header).
 const MTU_MIN: u32 = 68;
-const MTU_MAX: u32 = 9202;
+pub(crate) const MTU_MAX: u32 = 9202;
 
 /// What carries the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

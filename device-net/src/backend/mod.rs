@@ -61,6 +61,9 @@ pub enum Gone {
     Closed,
     #[error("the other side announces a frame of {0} bytes")]
     FrameLength(u32),
+    /// What is on its way is out of step, for good.
+    #[error("the kernel took a part of a frame, which a UNIX stream never does")]
+    Torn,
     #[error(transparent)]
     Host(#[from] HostError),
 }

@@ -5,24 +5,47 @@
 //! boundary between frames may ever lie in a dead server's memory:
 //! - *Receive*: the socket is peeked at, and then exactly the whole frames that were seen are read. A frame that has not
 //!   come whole stays in the kernel.
-//! - *Send*: whole frames go in one call of at most [`ATOMIC_BYTES`]. Quirk(Linux unix_stream_sendmsg): that much is one
-//!   buffer in the kernel, which is queued whole or not at all. Should a part be taken nonetheless, the rest is kept and
-//!   goes first.
+//!   The call that reads them copies to where the peek has just copied, so it is not cut short by a fault.
+//! - *Send*: whole frames go in one call of at most [`ATOMIC_BYTES`]. Quirk(Linux 6.1 net/unix/af_unix.c
+//!   unix_stream_sendmsg): that much is one buffer in the kernel, which is queued whole or not at all, if it is below
+//!   half the socket's send buffer; [`Stream::new`] sees to that. Longer frames than [`LINK_FRAME_BYTES_MAX`] are no
+//!   frames of this link and are dropped, so no frame needs two buffers.
+//!
+//! So nothing of a stream's state has to be saved, and a successor finds both directions in step.
 
 use super::{Backend, FRAME_BYTES_MAX, Gone, IncomingFrame, OutgoingFrame, Sent, set_nonblocking, software};
 use crate::frame::vnet::VnetHeader;
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, SockType, getsockopt, recv, send, setsockopt, sockopt};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use thiserror::Error;
 use vmbus::mem::HostError;
 
 const LENGTH_BYTES: usize = 4;
 /// Limit: below `SKB_MAX_ALLOC + UNIX_SKB_FRAGS_SZ` (Linux 6.1 net/unix/af_unix.c), see above.
 const ATOMIC_BYTES: usize = 32 * 1024;
+/// Longest frame that is sent: what the largest MTU allows, with an Ethernet header and two tags.
+const LINK_FRAME_BYTES_MAX: usize = crate::config::MTU_MAX as usize + 14 + 8;
+const _: () = assert!(LENGTH_BYTES + LINK_FRAME_BYTES_MAX <= ATOMIC_BYTES);
+/// Least size of the socket's send buffer: a kernel buffer takes half of it less 64 bytes (see above).
+const SEND_BUFFER_BYTES_MIN: usize = 2 * (ATOMIC_BYTES + 64);
 /// Bytes looked at in one go.
 const CHUNK_BYTES: usize = LENGTH_BYTES + FRAME_BYTES_MAX;
 /// Below this no Ethernet frame exists.
 const FRAME_BYTES_MIN: usize = 14;
+
+/// Why a descriptor cannot carry frames.
+#[derive(Debug, Error)]
+pub enum StreamError {
+    #[error("the descriptor is not a stream socket; hand over one end of a connected UNIX stream")]
+    NotAStream,
+    #[error(
+        "the socket's send buffer has {0} bytes and cannot be made {SEND_BUFFER_BYTES_MIN}; raise net.core.wmem_max"
+    )]
+    SendBuffer(usize),
+    #[error(transparent)]
+    Host(#[from] HostError),
+}
 
 pub struct Stream {
     fd: OwnedFd,
@@ -31,22 +54,37 @@ pub struct Stream {
     ready: std::ops::Range<usize>,
     /// Finished frames, with their lengths, that wait for the kernel.
     unsent: Vec<u8>,
-    /// `unsent` begins in the middle of a frame.
-    cut: bool,
     prefix: Vec<u8>,
     whole: Vec<u8>,
     head: Vec<u8>,
 }
 
 impl Stream {
-    pub fn new(fd: OwnedFd) -> Result<Self, HostError> {
+    /// Prepares the descriptor. To be called before the sandbox closes: socket options are asked for and set.
+    pub fn new(fd: OwnedFd) -> Result<Self, StreamError> {
+        let kind = getsockopt(&fd, sockopt::SockType).map_err(|_| StreamError::NotAStream)?;
+        if kind != SockType::Stream {
+            return Err(StreamError::NotAStream);
+        }
         set_nonblocking(fd.as_fd())?;
+        let send_buffer_bytes = || {
+            getsockopt(&fd, sockopt::SndBuf)
+                .map_err(|errno| HostError::new("ask for a send buffer's size", errno))
+        };
+        if send_buffer_bytes()? < SEND_BUFFER_BYTES_MIN {
+            // The kernel doubles what it is told; whether it obeyed is asked below.
+            setsockopt(&fd, sockopt::SndBuf, &SEND_BUFFER_BYTES_MIN)
+                .map_err(|errno| HostError::new("set a send buffer's size", errno))?;
+        }
+        let bytes = send_buffer_bytes()?;
+        if bytes < SEND_BUFFER_BYTES_MIN {
+            return Err(StreamError::SendBuffer(bytes));
+        }
         Ok(Self {
             fd,
             chunk: vec![0; CHUNK_BYTES],
             ready: 0..0,
             unsent: Vec::new(),
-            cut: false,
             prefix: Vec::new(),
             whole: Vec::new(),
             head: Vec::new(),
@@ -84,22 +122,6 @@ impl Stream {
         }
         self.ready = 0..whole;
         Ok(true)
-    }
-
-    /// The kernel took a part of a frame: the rest is copied, and the guest's memory is free.
-    fn keep_rest(&mut self, frame: &OutgoingFrame<'_>, taken: usize) -> Result<(), Gone> {
-        self.unsent.clear();
-        self.unsent.extend_from_slice(&self.prefix);
-        let prefix_bytes = self.unsent.len();
-        self.unsent.resize(prefix_bytes + frame.rest.len(), 0);
-        // The spans were checked when they were made; a failure would leave the stream out of step.
-        frame
-            .rest
-            .copy_to(&mut self.unsent[prefix_bytes..])
-            .map_err(|_| Gone::Closed)?;
-        self.unsent.drain(..taken);
-        self.cut = true;
-        Ok(())
     }
 
     /// Adds a finished frame to what is to be sent.
@@ -168,11 +190,23 @@ impl Backend for Stream {
         }
         if *frame.vnet != VnetHeader::default() {
             let unsent = &mut self.unsent;
+            let mut all_fit = true;
             let finished = software::finish(frame, &mut self.whole, &mut self.head, |head, rest| {
-                Self::append(unsent, head, rest);
+                if head.len() + rest.len() <= LINK_FRAME_BYTES_MAX {
+                    Self::append(unsent, head, rest);
+                } else {
+                    all_fit = false;
+                }
             });
             self.flush()?;
-            return Ok(if finished { Sent::Done } else { Sent::Dropped });
+            return Ok(if finished && all_fit {
+                Sent::Done
+            } else {
+                Sent::Dropped
+            });
+        }
+        if frame.bytes() > LINK_FRAME_BYTES_MAX {
+            return Ok(Sent::Dropped);
         }
         self.prefix.clear();
         self.prefix.extend_from_slice(&length_prefix(frame.bytes()));
@@ -180,10 +214,7 @@ impl Backend for Stream {
         let all = LENGTH_BYTES + frame.bytes();
         match frame.rest.writev_to(self.fd.as_fd(), &self.prefix) {
             Ok(taken) if taken == all => Ok(Sent::Done),
-            Ok(taken) => {
-                self.keep_rest(frame, taken)?;
-                Ok(Sent::Done)
-            }
+            Ok(_) => Err(Gone::Torn),
             Err(error) if error.errno == Errno::EAGAIN => Ok(Sent::Full),
             Err(error) => Err(host(error.errno, "write to the stream")),
         }
@@ -191,18 +222,13 @@ impl Backend for Stream {
 
     fn flush(&mut self) -> Result<bool, Gone> {
         while !self.unsent.is_empty() {
-            // What begins in the middle of a frame goes as a whole: its boundaries are not known here.
-            let part = if self.cut {
-                self.unsent.len()
-            } else {
-                atomic_part(&self.unsent)
-            };
+            let part = atomic_part(&self.unsent);
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             match send(self.fd.as_raw_fd(), &self.unsent[..part], flags) {
-                Ok(taken) => {
+                Ok(taken) if taken == part => {
                     self.unsent.drain(..taken);
-                    self.cut = taken != part;
                 }
+                Ok(_) => return Err(Gone::Torn),
                 Err(Errno::EAGAIN) => return Ok(false),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(host(errno, "write to the stream")),
@@ -313,6 +339,96 @@ mod tests {
     }
 
     #[test]
+    fn frames_of_no_link_are_dropped_and_the_stream_stays_in_step() {
+        let (mut stream, mut peer) = pair();
+        for bytes in [LINK_FRAME_BYTES_MAX + 1, 40_000, 65_000] {
+            let rest = spans(&vec![7; bytes]);
+            let frame = OutgoingFrame {
+                vnet: &VnetHeader::default(),
+                head: &[],
+                rest: &rest,
+            };
+            assert_eq!(stream.send(&frame), Ok(Sent::Dropped));
+        }
+        let vnet = VnetHeader {
+            flags: FLAG_NEEDS_CSUM,
+            gso_type: GSO_TCPV4,
+            gso_size: U16::new(40_000),
+            ..VnetHeader::default()
+        };
+        let rest = spans(&tcp4(&[9; 50_000]));
+        let frame = OutgoingFrame {
+            vnet: &vnet,
+            head: &[],
+            rest: &rest,
+        };
+        assert_eq!(stream.send(&frame), Ok(Sent::Dropped));
+        let rest = spans(&[8; LINK_FRAME_BYTES_MAX]);
+        let frame = OutgoingFrame {
+            vnet: &VnetHeader::default(),
+            head: &[],
+            rest: &rest,
+        };
+        assert_eq!(stream.send(&frame), Ok(Sent::Done));
+        drop(stream);
+        let mut got = Vec::new();
+        peer.read_to_end(&mut got).expect("read");
+        assert!(got.ends_with(&framed(&[8; LINK_FRAME_BYTES_MAX])));
+        assert_eq!(whole_frames(&got), Ok(got.len()));
+    }
+
+    /// A server that dies when the socket takes no more leaves whole frames, whatever their length and however small the
+    /// socket was.
+    #[test]
+    fn each_successor_finds_the_stream_in_step_where_the_one_before_met_a_full_socket() {
+        let (ours, mut peer) = UnixStream::pair().expect("socket pair");
+        setsockopt(&ours, sockopt::SndBuf, &4096).expect("set");
+        peer.set_nonblocking(true).expect("set");
+        let mut got = Vec::new();
+        for round in 0..40usize {
+            let mut stream = Stream::new(ours.try_clone().expect("dup").into()).expect("stream");
+            let bytes = [60, 1514, 9014, LINK_FRAME_BYTES_MAX, 5000][round % 5];
+            let rest = spans(&vec![round as u8; bytes]);
+            let frame = OutgoingFrame {
+                vnet: &VnetHeader::default(),
+                head: &[],
+                rest: &rest,
+            };
+            let mut sent = 0;
+            while stream.send(&frame).expect("open") == Sent::Done {
+                sent += 1;
+            }
+            assert!(round == 0 || sent > 0 || !got.is_empty());
+            // The network reads a part that ends anywhere.
+            let mut part = vec![0; 7001 * (1 + round % 4)];
+            let count = peer.read(&mut part).expect("read");
+            got.extend_from_slice(&part[..count]);
+        }
+        let mut rest = vec![0; 1 << 20];
+        while let Ok(count) = peer.read(&mut rest) {
+            got.extend_from_slice(&rest[..count]);
+        }
+        assert_eq!(whole_frames(&got), Ok(got.len()));
+        let mut left = &got[..];
+        while let Some((length, after)) = left.split_first_chunk::<4>() {
+            let (frame, after) = after.split_at(u32::from_be_bytes(*length) as usize);
+            assert!(frame.iter().all(|byte| *byte == frame[0]));
+            left = after;
+        }
+    }
+
+    #[test]
+    fn what_is_no_stream_is_refused() {
+        let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().expect("pair");
+        assert!(matches!(
+            Stream::new(datagram.into()),
+            Err(StreamError::NotAStream)
+        ));
+        let file = tempfile::tempfile().expect("a file");
+        assert!(matches!(Stream::new(file.into()), Err(StreamError::NotAStream)));
+    }
+
+    #[test]
     fn a_large_segment_arrives_as_sound_frames() {
         let (mut stream, mut peer) = pair();
         let rest = spans(&tcp4(&[9; 30_000]));
@@ -365,7 +481,5 @@ mod tests {
         let one = framed(&[0; 9000]);
         assert_eq!(atomic_part(&one), one.len());
         assert_eq!(atomic_part(&one.repeat(8)), 3 * one.len());
-        let huge = framed(&[0; 60_000]);
-        assert_eq!(atomic_part(&huge.repeat(2)), huge.len());
     }
 }

@@ -16,7 +16,7 @@ use vmbus::journal::Journal;
 use vmbus::mem::Uring;
 use vmbus::record::Recorder;
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

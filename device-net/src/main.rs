@@ -17,7 +17,7 @@ use vmbus::ipc::server_start::Start;
 use vmbus::journal::Journal;
 use vmbus::record::Recorder;
 
-fn main() -> ExitCode {
+pub fn main() -> ExitCode {
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -23,6 +23,26 @@ pub fn build_all() -> Result<PathBuf> {
     build(&["build", "--quiet", "--release", "--workspace", "--bins"])
 }
 
+/// Builds the server of a package that dies at a named step when it is told to; its file. Not optimized: who dies at a
+/// given step need not be fast, and tests have most of it built already.
+pub fn build_dying(package: &str) -> Result<PathBuf> {
+    let name = match package {
+        "device-block" => "bulkhead-block-dying",
+        _ => "bulkhead-net-dying",
+    };
+    build(&[
+        "build",
+        "--quiet",
+        "-p",
+        package,
+        "--features",
+        "crash-points",
+        "--bin",
+        name,
+    ])?;
+    Ok(target_folder().join("debug").join(name))
+}
+
 fn build(args: &[&str]) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
@@ -31,9 +51,11 @@ fn build(args: &[&str]) -> Result<PathBuf> {
         .status()
         .context("cannot run cargo")?;
     ensure!(status.success(), "our programs do not build");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from);
-    Ok(target.join("release"))
+    Ok(target_folder().join("release"))
+}
+
+fn target_folder() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from)
 }
 
 /// Runs the xtask among `programs` in place of this one.

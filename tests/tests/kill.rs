@@ -34,6 +34,17 @@ fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
     );
 }
 
+/// The server is built here, unless it is up to date.
+#[test]
+fn no_guest_notices_a_death_of_bulkhead_block_at_any_step_of_its_journal() {
+    kills(&["--server", "block", "--steps"], "kill block kills=");
+}
+
+#[test]
+fn no_guest_notices_a_death_of_bulkhead_net_at_any_step_of_its_journal() {
+    kills(&["--server", "net", "--steps"], "kill net kills=");
+}
+
 #[test]
 fn no_guest_notices_five_hundred_deaths_of_bulkhead_net() {
     kills(

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 use vmbus::channel::{Endpoint, PortEvent};
 use vmbus::ipc::server_start::ControlRequest;
+use vmbus::journal::Step;
 use vmbus::mem::{File, OpId, Uring, UringError};
 
 /// Kinds of operations, beside that of disk I/O.
@@ -99,6 +100,7 @@ impl Server {
                 self.wait_for_predecessor()?;
                 self.port.journal().claim::<Session>();
                 self.controller.serve();
+                self.port.journal().pass(Step::ServiceClaimed);
                 tracing::info!("serves");
             }
             PortEvent::ChannelOpened(endpoint, recovered) => {

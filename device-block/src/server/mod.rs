@@ -20,7 +20,8 @@
 //! # Order of commits
 //! A request may be started before its taking is committed: if we die in between, the successor takes it out of the
 //! ring and executes it again, which is allowed as long as it is not answered; and `Endpoint::publish` commits
-//! what was taken before any answer can be seen.
+//! what was taken before any answer can be seen. Packets that change the session are the exception: their taking is
+//! committed first, then the session is saved, then they are answered.
 //!
 //! # Ending things
 //! A channel that closes, breaks, or is quiesced stays until its last I/O is over, because that I/O touches guest
@@ -43,7 +44,7 @@ use std::collections::{BTreeMap, VecDeque};
 use vmbus::channel::{Endpoint, MAX_CHANNELS, Port, RecoveredRequest, Token};
 use vmbus::ipc::server_start::Control;
 use vmbus::ipc::{PeerFault, SendError};
-use vmbus::journal::StateFault;
+use vmbus::journal::{StateFault, Step};
 use vmbus::mem::{HostError, OpId, Uring, UringError};
 use vmbus::ring::PacketBuf;
 
@@ -192,6 +193,9 @@ impl Server {
         loop {
             let want = usize::from(!self.has_work());
             self.io.submit_and_wait(want, None)?;
+            if self.controller.active_count() > 0 {
+                self.port.journal().pass(Step::IoSubmitted);
+            }
             self.reap()?;
             self.replay();
             self.read();
@@ -225,6 +229,7 @@ impl Server {
             finished = true;
             let id = (number - IO_NUMBER_BASE) as RequestId;
             if let Some(answer) = self.controller.on_completion(&mut self.io, id, completion.result) {
+                self.port.journal().pass(Step::IoDone);
                 self.answer(id, &answer);
             }
         }

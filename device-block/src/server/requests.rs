@@ -7,6 +7,7 @@ use crate::controller::Verdict;
 use crate::storvsp::request::{JOURNAL_KIND, Request, SrbResult};
 use crate::storvsp::wire::{PACKET_BYTES, VstorPacket};
 use vmbus::channel::{NotTaken, RecoveredRequest, Token};
+use vmbus::journal::Step;
 use vmbus::ring::PacketBuf;
 use zerocopy::IntoBytes;
 
@@ -20,6 +21,7 @@ impl Server {
             let Some((sub_index, request)) = self.replays.pop_front() else {
                 break;
             };
+            self.port.journal().pass(Step::ReplayBegun);
             let RecoveredRequest { token, payload } = request;
             match Request::from_kept(&payload) {
                 Ok(request) => self.execute(sub_index, token, &request, true),
@@ -123,12 +125,21 @@ impl Server {
                     debug_assert!(owed.is_none(), "a number of the engine was used twice");
                     *owed = Some((sub_index, token));
                 }
+                self.port.journal().pass(Step::RequestQueued);
             }
         }
     }
 
-    /// The session has gone on: a successor must know before the guest does.
+    /// The session has gone on: a successor must know before the guest does, and it must not find the packet in the ring
+    /// again. Out of the journal it is known as answered; out of the ring it would come at the wrong time.
     fn on_session_step(&mut self, sub_index: u16, token: Token, reply: &VstorPacket, offer: Option<u16>) {
+        if let Some(channel) = self.channels.get_mut(&sub_index)
+            && let Err(fault) = channel.endpoint.commit_taken()
+        {
+            token.abandon();
+            self.break_channel(sub_index, fault.to_string());
+            return;
+        }
         let Some(primary) = self.channels.get(&0) else {
             token.abandon();
             return;

@@ -46,7 +46,7 @@ use thiserror::Error;
 use vmbus::channel::{Endpoint, Port, PortEvent};
 use vmbus::ipc::server_start::{Control, ControlRequest};
 use vmbus::ipc::{PeerFault, SendError};
-use vmbus::journal::{SaveError, StateFault};
+use vmbus::journal::{SaveError, StateFault, Step};
 use vmbus::mem::HostError;
 
 /// Names of descriptors in epoll. Kicks are [`KICK`] plus the sub-channel index.
@@ -239,6 +239,7 @@ impl Server {
                 PortEvent::Serve => {
                     self.serves = true;
                     self.port.journal().claim::<Saved>();
+                    self.port.journal().pass(Step::ServiceClaimed);
                     if let Some(backend) = self.nic.backend_fd() {
                         let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
                         watch(&self.epoll, backend, BACKEND, flags)?;

@@ -100,7 +100,7 @@ impl Nic {
             busy |= self.serve_channel(port, index)?;
         }
         self.send_responses();
-        busy |= self.receive_frames();
+        busy |= self.receive_frames(port);
         for channel in self.channels.values_mut() {
             let published = channel.endpoint.publish();
             channel.check(published);

@@ -5,6 +5,8 @@ use crate::backend::IncomingFrame;
 use crate::frame::headers::Headers;
 use crate::frame::segment;
 use crate::rndis::packet::{TO_GUEST_HEADER_BYTES_MAX, emit_header};
+use vmbus::channel::Port;
+use vmbus::journal::Step;
 
 /// Limit: frames read from the backend in a round.
 const ROUND_FRAMES: usize = 128;
@@ -16,7 +18,7 @@ const STALE_FRAMES_MAX: usize = 4096;
 
 impl Nic {
     /// Reads frames as long as the guest has room for them. True if there may be more.
-    pub(super) fn receive_frames(&mut self) -> bool {
+    pub(super) fn receive_frames(&mut self, port: &Port) -> bool {
         for channel in self.channels.values_mut() {
             channel.send_assembled();
         }
@@ -34,6 +36,7 @@ impl Nic {
         while outcome.is_ok() && frames < ROUND_FRAMES && self.wants_frames() {
             match backend.receive() {
                 Ok(Some(incoming)) => {
+                    port.journal().pass(Step::FrameRead);
                     self.deliver(incoming);
                     frames += 1;
                 }

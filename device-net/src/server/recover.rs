@@ -8,6 +8,7 @@ use super::transmit::Hearing;
 use crate::netvsp::receive::Credits;
 use crate::netvsp::wire::{HostMessage, NvspStatus};
 use vmbus::channel::{Endpoint, Port, Recovered, RecoveredHeld, RecoveredRequest};
+use vmbus::journal::Step;
 use vmbus::mem::GuestRam;
 
 impl Nic {
@@ -129,6 +130,7 @@ impl Nic {
 
     /// A request that was taken and not answered.
     fn replay(&mut self, port: &Port, index: u16, request: RecoveredRequest) -> Result<(), ServerError> {
+        port.journal().pass(Step::ReplayBegun);
         let RecoveredRequest { token, payload } = request;
         match token.kind() {
             // Control messages are taken on the primary only.

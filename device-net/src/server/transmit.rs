@@ -13,6 +13,7 @@ use crate::rndis::wire::RndisFault;
 use std::fmt::Display;
 use vmbus::channel::{Port, Token};
 use vmbus::fault::GuestFault;
+use vmbus::journal::Step;
 use vmbus::mem::GuestSpans;
 use vmbus::wire::{Packet, PacketKind};
 
@@ -100,7 +101,7 @@ impl Nic {
         }
         while let Some(work) = self.batch.pop_front() {
             match work {
-                Work::Frames(transmission) => self.transmit(transmission),
+                Work::Frames(transmission) => self.transmit(port, transmission),
                 Work::Nvsp { token, message } => self.on_nvsp(port, index, token, message)?,
                 Work::Rndis { token, request } => self.on_rndis(port, index, Some(token), &request)?,
             }
@@ -383,7 +384,7 @@ impl Nic {
     }
 
     /// Sends the frames of a packet and completes it, or queues it.
-    fn transmit(&mut self, mut transmission: Transmission) {
+    fn transmit(&mut self, port: &Port, mut transmission: Transmission) {
         let behind = !self.queued.is_empty();
         if behind || !self.send_frames(&mut transmission) {
             if self.queued.len() >= QUEUED_PACKETS_MAX {
@@ -394,6 +395,7 @@ impl Nic {
             }
             return;
         }
+        port.journal().pass(Step::FramesSent);
         self.finish(transmission);
     }
 

@@ -449,7 +449,8 @@ impl Driver {
 /// Transaction id of messages without completion (`VMBUS_RQST_ID_NO_RESPONSE`, Linux 6.1 include/linux/hyperv.h).
 pub const NO_RESPONSE: u64 = u64::MAX - 2;
 
-fn oid_body(oid: u32, info: &[u8]) -> Vec<u8> {
+/// The body of a QUERY or SET, but for its request id.
+pub(super) fn oid_body(oid: u32, info: &[u8]) -> Vec<u8> {
     let request = OidRequest {
         request_id: U32::ZERO,
         oid: U32::new(oid),

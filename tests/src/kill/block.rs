@@ -41,22 +41,33 @@ pub fn disk_bytes(channels: u16) -> u64 {
     u64::from(channels) * PLACES * BLOCK_BYTES as u64
 }
 
-/// The primary and its sub-channels, opened as Linux does.
-pub fn open_channels(host: &mut Host<'_>, channels: u16) -> Result<Vec<Initiator>> {
+/// The primary and its sub-channels, opened as Linux does, whatever server dies meanwhile.
+pub fn open_channels(host: &mut Host<'_>, channels: u16, faults: &Faults) -> Result<Vec<Initiator>> {
     let deadline = Instant::now() + PATIENCE;
-    let guest = &mut host.guest;
-    let mut primary = Initiator::new(guest.open_channel(ChannelOptions::default())?);
-    primary.initialize(deadline)?;
+    let mut primary = Initiator::new(host.guest.open_channel(ChannelOptions::default())?);
+    let is_open = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let hosting = scope.spawn(|| host.serve(&is_open, faults));
+        let opened = primary
+            .initialize(deadline)
+            .and_then(|_| primary.create_sub_channels(channels - 1, deadline));
+        // Ordering: a flag; what it says needs nothing else to be seen.
+        is_open.store(true, Ordering::Relaxed);
+        let hosted = hosting.join();
+        hosted.map_err(|_| anyhow::anyhow!("the played bulkhead-vcpu has panicked"))??;
+        opened.context("the disk cannot be opened")
+    })?;
     let mut initiators = vec![primary];
-    if channels > 1 {
-        initiators[0].create_sub_channels(channels - 1, deadline)?;
-        for sub_index in 1..=guest.wait_sub_channels(deadline)? {
-            let options = ChannelOptions {
-                sub_index,
-                ..ChannelOptions::default()
-            };
-            initiators.push(Initiator::new(guest.open_channel(options)?));
-        }
+    // 0, or an error, from a server that has just died: its successor will ask again.
+    while matches!(host.guest.wait_sub_channels(deadline), Ok(0) | Err(_)) && Instant::now() < deadline {
+        host.turn(faults)?;
+    }
+    for sub_index in 1..=host.guest.wait_sub_channels(deadline)? {
+        let options = ChannelOptions {
+            sub_index,
+            ..ChannelOptions::default()
+        };
+        initiators.push(Initiator::new(host.guest.open_channel(options)?));
     }
     anyhow::ensure!(
         initiators.len() == usize::from(channels),
@@ -173,7 +184,7 @@ impl<'a> Load<'a> {
             }
             if answers.is_empty()
                 && !self.initiator.channel.wait(Instant::now() + LOOK)?
-                && self.has_lost_one()
+                && (self.has_lost_one() || self.has_lost_interrupt()?)
             {
                 return Ok(());
             }
@@ -358,6 +369,20 @@ impl<'a> Load<'a> {
             ),
         );
         true
+    }
+
+    /// Nothing was heard for long. If there is something in the ring all the same, and no interrupt comes for it, then a
+    /// guest that does not look at a clock would wait for ever.
+    fn has_lost_interrupt(&mut self) -> Result<bool> {
+        let is_lost = self.initiator.channel.lacks_interrupt(2 * LOOK)?;
+        if is_lost {
+            let number = self.channel;
+            self.faults.count(
+                Fault::Lost,
+                format_args!("channel {number}: an answer is in the ring, and no interrupt says so"),
+            );
+        }
+        Ok(is_lost)
     }
 
     /// Every place, in the file and through the disk.

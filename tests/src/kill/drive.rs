@@ -23,6 +23,9 @@ const CHAINED: u64 = 8;
 const LOAD: Duration = Duration::from_millis(6);
 const RECOVERY: Duration = Duration::from_millis(30);
 
+/// Deaths between two moments at which everything is let come to rest.
+const AUDIT: u64 = 25;
+
 /// How often a person hears how far it is.
 const PROGRESS: Duration = Duration::from_secs(10);
 
@@ -72,8 +75,8 @@ pub struct Killer<'a> {
 }
 
 impl Killer<'_> {
-    /// Kills so many, and waits until the last death is got over. Calls `audit` after every `every` deaths.
-    pub fn run(&self, vm: &mut Vm, every: u64, audit: impl Fn() -> Result<()>) -> Result<()> {
+    /// Kills so many, and waits until the last death is got over.
+    pub fn run(&self, vm: &mut Vm, audit: &dyn Fn() -> Result<()>) -> Result<()> {
         let mut random = Random::new(self.seed, u64::MAX);
         let mut pause = |most: Duration| {
             // This is the moment of death, not a synchronization.
@@ -87,7 +90,7 @@ impl Killer<'_> {
             last_victim = Some(self.kill_other_than(vm, last_victim)?);
             // Ordering: a flag; what it says needs nothing else to be seen.
             let is_enough = self.ctrl_c.load(Ordering::Relaxed);
-            let is_due = killed.is_multiple_of(every);
+            let is_due = killed.is_multiple_of(AUDIT);
             if !is_enough && !is_due && chooser.below(CHAINED) == 0 {
                 pause(RECOVERY);
                 continue;
@@ -118,7 +121,7 @@ impl Killer<'_> {
     }
 
     /// Kills the server as soon as there is one that was not killed already; its process number.
-    fn kill_other_than(&self, vm: &mut Vm, last: Option<i32>) -> Result<i32> {
+    pub fn kill_other_than(&self, vm: &mut Vm, last: Option<i32>) -> Result<i32> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             ensure!(Instant::now() < deadline, "{} has no server", self.device);
@@ -138,7 +141,7 @@ impl Killer<'_> {
 
     /// Waits until everything that was under way at the last kill, and some more, is answered. `false`: a fault was
     /// seen, and more kills would only hide it.
-    fn get_over(&self) -> Result<bool> {
+    pub fn get_over(&self) -> Result<bool> {
         let deadline = Instant::now() + 2 * PATIENCE;
         while !self.faults.any() {
             let second = Instant::now() + Duration::from_secs(1);

@@ -58,15 +58,21 @@ impl<'a> Host<'a> {
     pub fn serve(&mut self, stop: &AtomicBool, faults: &Faults) -> Result<()> {
         // Ordering: a flag; what it says needs nothing else to be seen.
         while !stop.load(Ordering::Relaxed) {
-            wait_readable(&self.supervisor, Some(Instant::now() + LOOK))?;
-            while let Some((message, fds)) = self.supervisor.recv::<SupervisorToVcpu>()? {
-                self.on_message(message, fds, faults)?;
-            }
-            // A server that is dead says nothing more; that it is, the supervisor says.
-            while let Ok(Some(message)) = self.guest.next_message() {
-                if let ServerToVcpu::ChannelBroken { channel, why, .. } = message {
-                    faults.count(Fault::Wrong, format_args!("channel {channel} is broken: {why}"));
-                }
+            self.turn(faults)?;
+        }
+        Ok(())
+    }
+
+    /// Hears what was said, or waits a moment.
+    pub fn turn(&mut self, faults: &Faults) -> Result<()> {
+        wait_readable(&self.supervisor, Some(Instant::now() + LOOK))?;
+        while let Some((message, fds)) = self.supervisor.recv::<SupervisorToVcpu>()? {
+            self.on_message(message, fds, faults)?;
+        }
+        // A server that is dead says nothing more; that it is, the supervisor says.
+        while let Ok(Some(message)) = self.guest.next_message() {
+            if let ServerToVcpu::ChannelBroken { channel, why, .. } = message {
+                faults.count(Fault::Wrong, format_args!("channel {channel} is broken: {why}"));
             }
         }
         Ok(())

@@ -24,7 +24,9 @@
 //! | `vm.rs`, `played.rs` | the supervisor, its played child, and how all of it ends |
 //! | `host.rs` | what the supervisor says to `bulkhead-vcpu` |
 //! | `timeline.rs` | kills, and the stalls that they cause |
+//! | `scene.rs` | a VM, its load, and what is done to its servers |
 //! | `drive.rs` | the threads, and who is killed when |
+//! | `steps.rs` | one death at every named step of the journal |
 //! | `block.rs`, `pattern.rs` | load on a disk, and what its blocks must hold |
 //! | `net.rs` | load on a network interface, and what its packets, frames and credits must be |
 //! | `faults.rs` | lost, double, wrong |
@@ -40,21 +42,21 @@ mod net;
 mod pattern;
 pub mod played;
 pub mod rig;
+mod scene;
+mod steps;
 mod timeline;
 mod vm;
 
 use crate::release;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
-use drive::{Job, Killer, catch_ctrl_c, under_load};
-use faults::Faults;
-use host::Host;
+use drive::{Killer, catch_ctrl_c};
+use scene::{Plan, Seen, play};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use timeline::{PHASES, Stalls, Timeline, histogram, quantile};
-use vm::Vm;
-use vmbus::vsc::GuestOptions;
+use timeline::{PHASES, Stalls, histogram, quantile};
 
 /// Limit: how long anything may take before it counts as lost. Nothing that works comes near it.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -98,6 +100,9 @@ pub struct KillArguments {
     /// Under a Linux guest in the rig.
     #[arg(long)]
     rig: bool,
+    /// Not at random, but at every named step of the journal (vmbus/src/journal/steps.rs), with servers built for that.
+    #[arg(long, conflicts_with_all = ["rig", "count"])]
+    steps: bool,
 }
 
 impl ServerKind {
@@ -108,6 +113,28 @@ impl ServerKind {
             ServerKind::Net => "net",
         }
     }
+
+    /// Its device in the VM.
+    fn device(self) -> &'static str {
+        match self {
+            ServerKind::Block => "disk0",
+            ServerKind::Net => "net0",
+        }
+    }
+
+    fn program(self) -> &'static str {
+        match self {
+            ServerKind::Block => "bulkhead-block",
+            ServerKind::Net => "bulkhead-net",
+        }
+    }
+
+    fn package(self) -> &'static str {
+        match self {
+            ServerKind::Block => "device-block",
+            ServerKind::Net => "device-net",
+        }
+    }
 }
 
 impl KillArguments {
@@ -115,7 +142,9 @@ impl KillArguments {
     fn again(&self, programs: &Path) -> Vec<std::ffi::OsString> {
         let mut args: Vec<std::ffi::OsString> =
             vec!["kill".into(), "--server".into(), self.server.name().into()];
-        args.extend(["--count".into(), self.count.to_string().into()]);
+        if !self.steps {
+            args.extend(["--count".into(), self.count.to_string().into()]);
+        }
         if let Some(seed) = self.seed {
             args.extend(["--seed".into(), seed.to_string().into()]);
         }
@@ -123,6 +152,9 @@ impl KillArguments {
         args.extend(["--programs".into(), programs.into()]);
         if self.rig {
             args.push("--rig".into());
+        }
+        if self.steps {
+            args.push("--steps".into());
         }
         args
     }
@@ -141,11 +173,26 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
     if arguments.rig {
         return rig::main(rig::Act::Kill, arguments.server, arguments.count, seed, programs);
     }
+    let ctrl_c = catch_ctrl_c()?;
+    let mut plan = Plan {
+        programs,
+        server: None,
+        kind: arguments.server,
+        folder: &arguments.folder,
+        seed,
+    };
+    let seen = if arguments.steps {
+        let server = release::build_dying(arguments.server.package())?;
+        plan.server = Some(&server);
+        steps::run(&plan, &ctrl_c)?
+    } else {
+        kill(&plan, arguments.count, &ctrl_c)?
+    };
     let Seen {
         faults,
         stalls,
         notes,
-    } = kill(programs, &arguments, seed)?;
+    } = seen;
     print_stalls(&stalls);
     notes
         .iter()
@@ -153,7 +200,8 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
         .for_each(|note| println!("{note}"));
     let what = format!("kill {}", arguments.server.name());
     println!("{}", line(&what, "kills", &faults, &stalls, seed));
-    let is_whole = stalls.under_way.len() as u64 == arguments.count;
+    // Ordering: a flag; what it says needs nothing else to be seen.
+    let is_whole = !ctrl_c.load(Ordering::Relaxed);
     Ok(if faults == [0; 3] && is_whole {
         ExitCode::SUCCESS
     } else {
@@ -161,79 +209,22 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
     })
 }
 
-/// What a run of kills has shown.
-struct Seen {
-    faults: [u64; 3],
-    stalls: Stalls,
-    notes: Vec<String>,
-}
-
-fn kill(programs: &Path, arguments: &KillArguments, seed: u64) -> Result<Seen> {
-    let ctrl_c = catch_ctrl_c()?;
-    let image = tempfile::Builder::new()
-        .prefix("bulkhead-kill-disk-")
-        .tempfile_in(&arguments.folder)
-        .with_context(|| format!("cannot make a disk in {}", arguments.folder.display()))?;
-    image.as_file().set_len(block::disk_bytes(CHANNELS))?;
-    let (device, flag, channels) = match arguments.server {
-        ServerKind::Block => (
-            "disk0",
-            format!("--disk=path={}", image.path().display()),
-            CHANNELS,
-        ),
-        ServerKind::Net => ("net0", format!("--net=user,queues={CHANNELS}"), 1),
-    };
-    let (mut vm, supervisor) = Vm::start(programs, &[format!("--vcpus={CHANNELS}"), flag])?;
-    let options = GuestOptions {
-        ram_bytes: 64 << 20,
-        vp_count: CHANNELS,
-    };
-    let (faults, timeline) = (Faults::default(), Timeline::new(usize::from(channels)));
-    let shared = (&faults, &timeline);
-    let mut host = Host::start(supervisor, options, shared)
-        .with_context(|| format!("the VM does not start: {}", vm.last_lines()))?;
-    let killer = Killer {
-        device,
-        count: arguments.count,
-        seed,
-        faults: &faults,
-        timeline: &timeline,
-        ctrl_c: &ctrl_c,
-    };
-    let done = match arguments.server {
-        ServerKind::Block => {
-            let initiators = block::open_channels(&mut host, CHANNELS)?;
-            let mut jobs: Vec<Job<'_>> = Vec::new();
-            for (channel, initiator) in initiators.into_iter().enumerate() {
-                let load = block::Load::new(&mut host, channel, initiator, image.as_file(), shared, seed)?;
-                jobs.push(Box::new(|stop| load.run(stop)));
-            }
-            under_load(&mut host, &faults, jobs, || {
-                killer.run(&mut vm, u64::MAX, || Ok(()))
-            })
-        }
-        ServerKind::Net => {
-            let network = vm.network()?;
-            let driver = net::open(&mut host, CHANNELS)?;
-            let (load, auditor) = net::Load::new(driver, network, vm.connect()?, shared, seed)?;
-            let jobs: Vec<Job<'_>> = vec![Box::new(|stop| load.run(stop))];
-            let audit = || auditor.audit();
-            under_load(&mut host, &faults, jobs, || {
-                killer.run(&mut vm, net::AUDIT, audit)
-            })
-        }
-    };
-    let notes = done.with_context(|| format!("after {} kills: {}", timeline.kills(), vm.last_lines()))?;
-    if faults.any() {
-        eprintln!("the supervisor said last: {}", vm.last_lines());
-    }
-    host.power_off()?;
-    vm.end()?;
-    Ok(Seen {
-        faults: faults.counts(),
-        stalls: timeline.stalls(),
-        notes,
-    })
+fn kill(plan: &Plan<'_>, count: u64, ctrl_c: &AtomicBool) -> Result<Seen> {
+    play(
+        plan,
+        |_, _| Ok(()),
+        |scene| {
+            let killer = Killer {
+                device: plan.kind.device(),
+                count,
+                seed: plan.seed,
+                faults: scene.faults,
+                timeline: scene.timeline,
+                ctrl_c,
+            };
+            killer.run(scene.vm, scene.audit)
+        },
+    )
 }
 
 /// What a person looks at.

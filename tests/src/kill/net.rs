@@ -11,8 +11,7 @@
 //!   channel or rule of the protocol.
 //!
 //! A frame that a dying server had in hand may be missing, as on any network: what is counted as `swallowed` is no fault,
-//! but shown. Credits are compared with all that there are after every [`AUDIT`] deaths, when nothing is under way:
-//! each server counts them anew from the journal, so that only what the last one has forgotten would be seen at the end.
+//! but shown. Credits are compared with all that there are after every 25 deaths, when nothing is under way: each server counts them anew from the journal, so that only what the last one has forgotten would be seen at the end.
 
 #![forbid(unsafe_code)]
 
@@ -30,9 +29,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 use vmbus::ipc::Socket;
 use vmm_core::supervisor::control::{Reply, Request};
-
-/// Deaths between two looks at the credits.
-pub const AUDIT: u64 = 25;
 
 /// Opens the interface as Linux does, with so many channels.
 pub fn open(host: &mut Host<'_>, channels: u16) -> Result<Driver> {

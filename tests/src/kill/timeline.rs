@@ -153,13 +153,23 @@ impl Timeline {
 
     /// A server is killed now.
     pub fn kill(&self) {
+        self.order();
+        self.died();
+    }
+
+    /// A server is told to die at a moment of its own. [`Self::died`] or [`Self::withdraw`] follows.
+    pub fn order(&self) {
+        self.lock().dying += 1;
+        self.watch.dying();
+    }
+
+    /// A server that was ordered to die does so now.
+    pub fn died(&self) {
         let mut state = self.lock();
         let chained = !state.is_over();
         if chained && let Some(last) = state.kills.last_mut() {
             last.chained = true;
         }
-        state.dying += 1;
-        self.watch.dying();
         let under_way = state.oldest.iter().map(|(_, under_way)| under_way).sum();
         state.kills.push(Kill {
             at: Instant::now(),
@@ -193,8 +203,13 @@ impl Timeline {
 
     /// The signal did not reach anybody.
     pub fn take_back(&self) {
+        self.lock().kills.pop();
+        self.withdraw();
+    }
+
+    /// The order to die was taken back in time.
+    pub fn withdraw(&self) {
         let mut state = self.lock();
-        state.kills.pop();
         state.dying = state.dying.saturating_sub(1);
         self.watch.dead();
     }

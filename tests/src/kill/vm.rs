@@ -12,6 +12,7 @@ use nix::sys::signal::SigSet;
 use nix::unistd::Pid as NixPid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
@@ -46,8 +47,9 @@ impl Vm {
     /// Starts the VM; also returns the socket on which the supervisor expects `bulkhead-vcpu`.
     ///
     /// * `programs`: where `bulkhead` and the servers are; `bulkhead-vcpu` is played by the running program;
+    /// * `server`: the name of a program and the file that runs instead of the one among `programs`;
     /// * `flags`: what `bulkhead run` is told besides.
-    pub fn start(programs: &Path, flags: &[String]) -> Result<(Self, Socket)> {
+    pub fn start(programs: &Path, server: Option<(&str, &Path)>, flags: &[String]) -> Result<(Self, Socket)> {
         let programs = &programs
             .canonicalize()
             .with_context(|| format!("there is no folder {}", programs.display()))?;
@@ -60,6 +62,10 @@ impl Vm {
             ("bulkhead-net", programs.join("bulkhead-net")),
             (played::VCPU, this.clone()),
         ] {
+            let target = match server {
+                Some((other, file)) if other == name => file.to_owned(),
+                _ => target,
+            };
             ensure!(target.exists(), "there is no {}: build it", target.display());
             symlink(target, parts.join(name))?;
         }
@@ -135,6 +141,24 @@ impl Vm {
         self.passt = Some(line);
         let stream = fds.pop().context("no stream was handed over")?;
         Ok(UnixStream::from(stream))
+    }
+
+    /// The journal of the device, which the supervisor holds.
+    pub fn journal(&self) -> Result<File> {
+        let folder = format!("/proc/{}/fd", self.supervisor.id());
+        for entry in std::fs::read_dir(&folder).with_context(|| format!("cannot look into {folder}"))? {
+            let path = entry?.path();
+            let target = std::fs::read_link(&path).unwrap_or_default();
+            if target
+                .as_os_str()
+                .as_encoded_bytes()
+                .starts_with(b"/memfd:bulkhead-journal")
+            {
+                let journal = File::options().read(true).write(true).open(&path);
+                return journal.context("cannot open the supervisor's journal");
+            }
+        }
+        bail!("the supervisor has no journal")
     }
 
     /// Another connection to the supervisor.

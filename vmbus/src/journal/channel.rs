@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use super::layout::{self, MAX_HELD, MAX_PAYLOAD_BYTES, SLOT_COUNT};
 use super::recover::{ChannelImage, LiveSlot, Record, RecoverFault, Recovery, RingView, recover};
 use super::slot::{FreeSlots, Role, SlotHead, SlotWords};
+use super::steps::{self, Step};
 use super::{ENABLED, IN_RANGE, Journal};
 use crate::mem::SharedMap;
 
@@ -113,17 +114,21 @@ impl ChannelJournal {
             ending_by_take: Vec::new(),
             ending_by_publication: Vec::new(),
         };
+        this.pass(Step::RecoveryJudged);
         this.settle(&recovery);
+        this.pass(Step::RecoverySettled);
         Ok(Some((this, recovery)))
     }
 
     /// Makes the journal say what recovery found. May itself be cut short at any store: what it finds then is the same.
     fn settle(&mut self, recovery: &Recovery) {
         self.store(layout::PUBLISHED_SEQ, recovery.published_seq);
+        self.pass(Step::RecoveredPublicationNoted);
         for &(slot, role) in &recovery.stale {
             // The number that makes it live goes first; without it the slot is dead whatever the other says.
             let (begin, end) = words_of(role);
             self.store(layout::slot(slot) + begin, 0);
+            self.pass(Step::StaleSlotHalfCleared);
             self.store(layout::slot(slot) + end, 0);
         }
         for live in recovery.requests.iter().chain(&recovery.held) {
@@ -222,6 +227,7 @@ impl ChannelJournal {
         self.staged_seq += 1;
         let seq = self.staged_seq;
         self.write_slot(slot, Role::Request, kind, seq, transaction_id, payload);
+        self.pass(Step::RequestStaged);
         Some(slot)
     }
 
@@ -234,6 +240,7 @@ impl ChannelJournal {
         self.held_count += 1;
         let seq = self.published_seq + 1;
         self.write_slot(slot, Role::Held, kind, seq, transaction_id, payload);
+        self.pass(Step::HeldStaged);
         Some(slot)
     }
 
@@ -243,6 +250,7 @@ impl ChannelJournal {
             layout::slot(slot) + layout::SLOT_PUBLISH_SEQ,
             self.published_seq + 1,
         );
+        self.pass(Step::AnswerNoted);
         self.ending_by_publication.push(slot);
     }
 
@@ -250,6 +258,7 @@ impl ChannelJournal {
     pub(crate) fn stage_release(&mut self, slot: u16) {
         self.staged_seq += 1;
         self.store(layout::slot(slot) + layout::SLOT_TAKE_SEQ, self.staged_seq);
+        self.pass(Step::ReleaseNoted);
         self.ending_by_take.push(slot);
     }
 
@@ -274,7 +283,9 @@ impl ChannelJournal {
             seq += 1;
         }
         self.store(layout::TAKE_INDEX + 8 * (seq % 2), u64::from(read_index));
+        self.pass(Step::TakeIndexWritten);
         self.store(layout::TAKEN_SEQ, seq);
+        self.pass(Step::TakeCommitted);
         self.taken_seq = seq;
         self.staged_seq = seq;
         while let Some(slot) = self.ending_by_take.pop() {
@@ -288,14 +299,17 @@ impl ChannelJournal {
         let seq = self.published_seq + 1;
         let record = layout::RECORDS + 16 * (seq % 2);
         self.store(record + 8, Record::pack(old_write_index, new_write_index));
+        self.pass(Step::RecordIndexesWritten);
         // After the indexes: the number makes the record count.
         self.store(record, seq);
+        self.pass(Step::RecordNumbered);
     }
 
     /// The ring's write index was stored.
     pub(crate) fn after_publication(&mut self) {
         self.published_seq += 1;
         self.store(layout::PUBLISHED_SEQ, self.published_seq);
+        self.pass(Step::PublicationNoted);
         while let Some(slot) = self.ending_by_publication.pop() {
             self.free.insert(slot);
         }
@@ -333,6 +347,10 @@ impl ChannelJournal {
             .pack(),
         );
         self.store(at + begin, seq);
+        self.pass(match role {
+            Role::Request => Step::RequestSlotBegun,
+            Role::Held => Step::HeldSlotBegun,
+        });
         self.store(at + end, 0);
         self.store(at + layout::SLOT_TRANSACTION, transaction_id);
         let mut to = self.base + layout::payload(slot);
@@ -340,6 +358,12 @@ impl ChannelJournal {
             self.map.write(to, part).expect(IN_RANGE);
             to += part.len() as u64;
         }
+    }
+
+    /// See [`Step`].
+    #[inline]
+    pub(crate) fn pass(&self, step: Step) {
+        steps::pass(&self.map, step);
     }
 
     #[inline]

@@ -40,6 +40,7 @@
 //! has scribbled over it, and the channel is given up. Our read index is never read back from the ring.
 //!
 //! `model/` explores this completely over small rings: every order of guest, server and death, before every store.
+//! Each store after which a successor finds something else is a named step, at which tests let servers die (`steps.rs`).
 //!
 //! What a predecessor left is validated like a guest's bytes: it may have been taken over before it died.
 //!
@@ -60,6 +61,7 @@ mod parts;
 mod recover;
 mod saved_state;
 mod slot;
+pub mod steps;
 #[cfg(test)]
 pub(crate) mod test_state;
 #[cfg(test)]
@@ -81,6 +83,7 @@ pub use parts::Parts;
 pub use recover::RecoverFault;
 pub(crate) use recover::RingView;
 pub use saved_state::SaveError;
+pub use steps::Step;
 pub use versions::{SavedState, StateFault};
 
 /// Whether anything is written. Building with the environment variable `BULKHEAD_BENCH_NO_JOURNAL` set compiles the

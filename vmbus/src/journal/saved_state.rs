@@ -19,6 +19,7 @@ use std::sync::atomic::Ordering;
 
 use super::layout::{SAVED_STATE, SAVED_STATE_BYTES};
 use super::parts::{Parts, Tail};
+use super::steps::Step;
 use super::versions::{SavedState, StateFault};
 use super::{ENABLED, IN_RANGE, Journal};
 use crate::ipc::codec;
@@ -70,6 +71,7 @@ impl Journal {
         self.map
             .store_u64(base + GENERATION, 0, Ordering::Release)
             .expect(IN_RANGE);
+        self.pass(Step::StateInvalidated);
         // A state is below 64 KiB.
         let sizes = u64::from(open_epoch) | (payload.len() as u64) << 32;
         self.map
@@ -83,9 +85,11 @@ impl Journal {
         self.map
             .store_u64(base + CHECKSUM, u64::from(checksum), Ordering::Release)
             .expect(IN_RANGE);
+        self.pass(Step::StateWritten);
         self.map
             .store_u64(base + GENERATION, generation, Ordering::Release)
             .expect(IN_RANGE);
+        self.pass(Step::StateSaved);
         Ok(())
     }
 

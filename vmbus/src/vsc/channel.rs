@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -200,6 +200,17 @@ impl GuestChannel {
             }
         }
         Ok(true)
+    }
+
+    /// For a guest that has just slept: whether there is something to receive and, however long it waits, no interrupt
+    /// that says so.
+    pub fn lacks_interrupt(&mut self, patience: Duration) -> Result<bool, VscError> {
+        let before = self.counters.interrupts;
+        let is_there = self.wait(Instant::now())?;
+        // It may have come just now.
+        Ok(is_there
+            && self.counters.interrupts == before
+            && !self.wait_interrupt(Instant::now() + patience)?)
     }
 
     /// Waits for an interrupt, whether or not there is something to receive. `false`: the deadline has passed.

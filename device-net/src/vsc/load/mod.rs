@@ -22,6 +22,7 @@
 //! | a frame overwritten while the guest holds it | read once more when it is given back | `wrong` |
 //! | a sub-allocation in two packets | the driver's set of those it holds | error of the driver |
 //! | a flow on another channel than before (RSS state forgotten) | the channel of its first frame | `wrong` |
+//! | an interrupt missing while the guest sleeps | a look into the rings after a nap | `lost` |
 //! | a receive credit gone | free credits of the server whenever [`Load::finish`] is called | `lost` |
 //! | a frame gone without a death to blame | no server was dying during its life (below) | `lost` |
 //!
@@ -37,8 +38,10 @@ mod way;
 
 pub use network::FRAME_BYTES_MIN;
 
+use super::driver::oid_body;
 use super::traffic::UNASKED;
 use super::{Driver, Form};
+use crate::rndis::oid;
 use crate::rndis::packet::FrameRequests;
 use crate::rndis::wire::{emit_message, number};
 use network::{Network, Random, frame, mark_of};
@@ -56,6 +59,8 @@ use way::{Arrival, Deaths, Way};
 
 /// Directed, multicast, broadcast: what Linux sets at ifup.
 pub const FILTER: u32 = 0x0B;
+/// A bit more, without effect on the frames of a load.
+const ALL_MULTICAST: u32 = 0x04;
 /// Packets outstanding on each transmit channel. With four channels the driver's sections and pages are enough for it.
 const DEPTH: usize = 32;
 /// Frames to the guest that may wait in our memory for the socket.
@@ -65,6 +70,8 @@ const KEPT: usize = 48;
 const FLOWS: u16 = 16;
 /// Longest wait in one step; whoever stops the load waits for it.
 const NAP_MS: u16 = 20;
+/// Limit: how long an interrupt may take after what it tells of.
+const INTERRUPT_DELAY: Duration = Duration::from_secs(1);
 /// Limit: how long nothing at all may move while the load runs. A server that has missed a wake-up is found by it.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -407,8 +414,16 @@ impl Load {
     fn ask(&mut self) -> Result<(), LoadError> {
         self.next_request += 1;
         let request = self.next_request;
-        self.driver
-            .send_control(&emit_message(number::KEEPALIVE, &request.to_le_bytes(), &[]))?;
+        // Every other one changes what the server has saved, and nothing else.
+        let message = if request.is_multiple_of(2) {
+            emit_message(number::KEEPALIVE, &request.to_le_bytes(), &[])
+        } else {
+            let bits = [FILTER, FILTER | ALL_MULTICAST][request as usize / 2 % 2];
+            let mut body = oid_body(oid::GEN_CURRENT_PACKET_FILTER, &bits.to_le_bytes());
+            body[..4].copy_from_slice(&request.to_le_bytes());
+            emit_message(number::SET, &body, &[])
+        };
+        self.driver.send_control(&message)?;
         self.asked = Some(request);
         self.tally.requests += 1;
         Ok(())
@@ -421,6 +436,8 @@ impl Load {
             let seen = self.driver.poll_once(channel).inspect_err(|error| {
                 if matches!(error, VscError::Missing(UNASKED)) {
                     self.tally.double += 1;
+                    let what = format!("channel {channel}: a packet is completed that is not under way");
+                    self.first_fault.get_or_insert(what);
                 }
             })?;
             moved |= seen != 0;
@@ -572,6 +589,8 @@ impl Load {
     }
 
     /// Sleeps as a driver does, until anything comes.
+    ///
+    /// If nothing comes although there is something in a ring, a guest without a clock would sleep for ever.
     pub fn nap(&mut self) -> Result<(), LoadError> {
         for channel in &mut self.driver.channels {
             // Unmasks, and looks once more; the deadline is over before it would wait.
@@ -587,8 +606,17 @@ impl Load {
             .collect();
         fds.push(PollFd::new(self.network.stream.as_fd(), PollFlags::POLLIN));
         match poll(&mut fds, PollTimeout::from(NAP_MS)) {
-            Ok(_) | Err(Errno::EINTR) => Ok(()),
-            Err(errno) => Err(VscError::from(HostError::new("wait for a load", errno)).into()),
+            Ok(0) => {}
+            Ok(_) | Err(Errno::EINTR) => return Ok(()),
+            Err(errno) => return Err(VscError::from(HostError::new("wait for a load", errno)).into()),
         }
+        for channel in &mut self.driver.channels {
+            if channel.lacks_interrupt(INTERRUPT_DELAY)? {
+                self.tally.lost += 1;
+                self.first_fault
+                    .get_or_insert("something is in a ring, and no interrupt says so".to_owned());
+            }
+        }
+        Ok(())
     }
 }

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::interrupt::{Interrupt, set_nonblocking};
 use super::token::{HeldToken, NotTaken, Token};
 use crate::fault::GuestFault;
-use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES};
+use crate::journal::{ChannelJournal, Journal, MAX_PAYLOAD_BYTES, Step};
 use crate::mem::HostError;
 use crate::record::{EventKind, Recorder};
 use crate::ring::{PacketBuf, RingFault, RingReader, RingWriter, StageError};
@@ -274,7 +274,9 @@ impl Endpoint {
             return Ok(());
         }
         self.journal.commit_take(self.reader.staged_index());
-        if self.reader.commit().is_needed() {
+        let signal = self.reader.commit();
+        self.journal.pass(Step::TakeShownToGuest);
+        if signal.is_needed() {
             self.raise();
         }
         Ok(())
@@ -359,6 +361,7 @@ impl Endpoint {
         match self.stage(&OutPacket::completion(transaction_id, &[payload])) {
             Ok(()) => {
                 self.record(EventKind::Complete, transaction_id);
+                self.journal.pass(Step::AnswerInRing);
                 self.journal.stage_answer(slot);
                 self.outstanding -= 1;
                 self.counters.completed += 1;
@@ -453,6 +456,7 @@ impl Endpoint {
             self.journal.cancel_held(slot);
             return Err(error);
         }
+        self.journal.pass(Step::HeldInRing);
         Ok(self.held_token(slot, kind, packet.transaction_id, self.journal.next_publication()))
     }
 
@@ -471,6 +475,7 @@ impl Endpoint {
         self.journal
             .before_publication(self.writer.committed_index(), self.writer.staged_index());
         let committed = self.writer.commit();
+        self.journal.pass(Step::Published);
         self.journal.after_publication();
         self.counters.publications += 1;
         self.record(EventKind::Publish, u64::from(self.writer.committed_index()));
@@ -478,6 +483,7 @@ impl Endpoint {
             Ok(signal) => {
                 if signal.is_needed() {
                     self.raise();
+                    self.journal.pass(Step::GuestInterrupted);
                 }
                 Ok(())
             }

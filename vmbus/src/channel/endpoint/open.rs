@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::{Endpoint, EndpointCounters, Stall};
 use crate::channel::interrupt::Interrupt;
 use crate::channel::token::{Recovered, RecoveredHeld, RecoveredRequest};
-use crate::journal::{ChannelJournal, Journal, RecoverFault, RingView};
+use crate::journal::{ChannelJournal, Journal, RecoverFault, RingView, Step};
 use crate::mem::{HostError, SharedMap};
 use crate::record::{EventKind, Recorder};
 use crate::ring::{RingArea, RingFault, RingReader, RingWriter};
@@ -106,6 +106,7 @@ impl Endpoint {
         // A dead predecessor may have left its mask or its wish for space set, or died between journal and ring.
         endpoint.reader.claim_words();
         endpoint.writer.claim_words();
+        endpoint.journal.pass(Step::RingWordsClaimed);
         let Some(recovery) = recovery else {
             return Ok((
                 endpoint,
@@ -134,6 +135,7 @@ impl Endpoint {
         }
         // What the predecessor published last may never have been signalled.
         endpoint.signal_now();
+        endpoint.journal.pass(Step::RecoverySignalled);
         Ok((endpoint, recovered))
     }
 }

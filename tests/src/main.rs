@@ -31,6 +31,9 @@ enum Task {
     /// The reading process of the ring benchmark.
     #[command(hide = true)]
     BenchPeer,
+    /// The baseline of the storage benchmarks that is a process of its own.
+    #[command(hide = true)]
+    BenchStorage,
     /// The half of the rig's benchmarks that runs inside the rig.
     #[command(hide = true)]
     BenchRig {
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => guarded(|| bench::main(arguments)),
         Task::Kill(arguments) => guarded(|| kill::main(arguments)),
         Task::BenchPeer => bench::ring::peer(),
+        Task::BenchStorage => bench::storvsp::server(),
         Task::BenchRig { names } => bench::rig::inside(&names),
     };
     result.unwrap_or_else(|error| {

@@ -43,15 +43,56 @@ pub fn build_dying(package: &str) -> Result<PathBuf> {
     Ok(target_folder().join("debug").join(name))
 }
 
+/// Below the target folder: the disk's server without its journal.
+const WITHOUT_JOURNAL: &str = "without-journal";
+
+/// Builds the disk's server once more, with the journal compiled out, for the benchmark that tells what the journal costs. In a
+/// folder of its own, so that nobody takes it for the real one.
+pub fn build_block_without_journal() -> Result<()> {
+    let args = [
+        "build",
+        "--quiet",
+        "--release",
+        "-p",
+        "device-block",
+        "--bin",
+        "bulkhead-block",
+    ];
+    let mut cargo = cargo(&args);
+    cargo.env("BULKHEAD_BENCH_NO_JOURNAL", "1");
+    cargo.env("CARGO_TARGET_DIR", target_folder().join(WITHOUT_JOURNAL));
+    run(cargo)
+}
+
+/// Where that is, seen from the programs as they are shipped.
+pub fn block_without_journal(programs: &Path) -> Result<PathBuf> {
+    let target = programs
+        .parent()
+        .context("the optimized programs have no target folder")?;
+    let program = target.join(WITHOUT_JOURNAL).join("release/bulkhead-block");
+    ensure!(
+        program.exists(),
+        "{} is not there: `cargo xtask bench` builds it",
+        program.display()
+    );
+    Ok(program)
+}
+
 fn build(args: &[&str]) -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(args)
-        .current_dir(workspace_root())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "our programs do not build");
+    run(cargo(args))?;
     Ok(target_folder().join("release"))
+}
+
+fn cargo(args: &[&str]) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(args).current_dir(workspace_root());
+    cargo
+}
+
+fn run(mut cargo: Command) -> Result<()> {
+    let status = cargo.status().context("cannot run cargo")?;
+    ensure!(status.success(), "our programs do not build");
+    Ok(())
 }
 
 fn target_folder() -> PathBuf {

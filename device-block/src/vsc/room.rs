@@ -4,6 +4,7 @@ use super::Initiator;
 use crate::config::ControllerConfig;
 use rustix::fs::OFlags;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
+use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ pub enum RoomError {
 #[derive(Debug)]
 pub struct Room {
     program: PathBuf,
+    arguments: Vec<OsString>,
     start: StartOptions,
     disks: Vec<(String, OwnedFd)>,
     journal: OwnedFd,
@@ -58,16 +60,29 @@ impl Room {
         disks: Vec<(String, OwnedFd)>,
         guest: GuestOptions,
     ) -> Result<Self, RoomError> {
+        Self::with_arguments(program, &[], config, disks, guest)
+    }
+
+    /// The same for a program that takes arguments, as the supervisor never gives any.
+    pub fn with_arguments(
+        program: PathBuf,
+        arguments: &[&str],
+        config: &ControllerConfig,
+        disks: Vec<(String, OwnedFd)>,
+        guest: GuestOptions,
+    ) -> Result<Self, RoomError> {
+        let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
         let mut start = StartOptions::new("disk0", &serde_json::to_string(config)?);
         if let Ok(log) = std::env::var("BULKHEAD_TEST_LOG") {
             start.log = log;
         }
         let journal = PlayedSupervisor::new_journal().map_err(VscError::from)?;
         let mut guest = SyntheticGuest::new(guest)?;
-        let running = launch(&program, &start, &disks, &journal)?;
+        let running = launch(&program, &arguments, &start, &disks, &journal)?;
         guest.attach(running.vcpu, deadline())?;
         Ok(Self {
             program,
+            arguments,
             start,
             disks,
             journal,
@@ -126,7 +141,13 @@ impl Room {
     /// Starts the next server after [`Room::kill`] or [`Room::stop`], and attaches it.
     pub fn start_successor(&mut self) -> Result<(), RoomError> {
         self.start = self.start.successor();
-        let running = launch(&self.program, &self.start, &self.disks, &self.journal)?;
+        let running = launch(
+            &self.program,
+            &self.arguments,
+            &self.start,
+            &self.disks,
+            &self.journal,
+        )?;
         self.supervisor = running.supervisor;
         self.child = running.child;
         self.report = running.report;
@@ -158,6 +179,7 @@ struct Running {
 
 fn launch(
     program: &std::path::Path,
+    arguments: &[OsString],
     start: &StartOptions,
     disks: &[(String, OwnedFd)],
     journal: &OwnedFd,
@@ -166,7 +188,7 @@ fn launch(
     let (vcpu, child_vcpu) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
     let child = sandbox::spawn(Spawn {
         program: program.to_owned(),
-        args: Vec::new(),
+        args: arguments.to_vec(),
         env: Vec::new(),
         fds: vec![(child_control, sandbox::sys::fds::CONTROL)],
         namespaces: Namespaces::all(),

@@ -6,12 +6,13 @@
 
 #![forbid(unsafe_code)]
 
+mod journal;
 mod machine;
 pub mod netvsp;
 mod processes;
 pub mod rig;
 pub mod ring;
-mod storvsp;
+pub mod storvsp;
 
 use crate::release;
 use anyhow::{Context, Result, bail};
@@ -150,8 +151,18 @@ const GROUPS: &[Group] = &[
         measure: ring::measure,
     },
     Group {
-        names: &["storvsp-cpu", "storvsp-interrupts"],
+        names: &[
+            "storvsp-cpu",
+            "storvsp-cpu-alone",
+            "storvsp-cpu-reads",
+            "storvsp-cpu-reads-alone",
+            "storvsp-interrupts",
+        ],
         measure: storvsp::measure,
+    },
+    Group {
+        names: journal::NAMES,
+        measure: journal::measure,
     },
     Group {
         names: &["netvsp-pps"],
@@ -209,6 +220,10 @@ pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
 /// `cargo xtask` itself is built for quick building; what is measured must be built for speed.
 fn again_optimized(arguments: &BenchArguments) -> Result<ExitCode> {
     let programs = release::build_all()?;
+    let named = |name: &&str| arguments.names.iter().any(|other| other == name);
+    if arguments.names.is_empty() || journal::NAMES.iter().any(named) {
+        release::build_block_without_journal()?;
+    }
     let mut args: Vec<OsString> = vec!["bench".into(), "--optimized".into()];
     args.extend(arguments.names.iter().map(OsString::from));
     if let Some(path) = &arguments.json {

@@ -87,8 +87,12 @@ pub use steps::Step;
 pub use versions::{SavedState, StateFault};
 
 /// Whether anything is written. Building with the environment variable `BULKHEAD_BENCH_NO_JOURNAL` set compiles the
-/// stores out, so that a benchmark can tell what they cost. Such a server cannot be replaced.
+/// stores out, so that a benchmark can tell what they cost. Such a server cannot be replaced, and does not start without
+/// the argument [`WITHOUT_JOURNAL`], which a supervisor never gives.
 pub const ENABLED: bool = option_env!("BULKHEAD_BENCH_NO_JOURNAL").is_none();
+
+/// By this argument whoever starts a program says that he knows that its journal was compiled out.
+pub const WITHOUT_JOURNAL: &str = "--i-know-that-this-build-has-no-journal";
 
 /// "BHJ" in the lower half of the first word.
 const MAGIC: u64 = u32::from_le_bytes(*b"BHJ\0") as u64;
@@ -117,6 +121,12 @@ pub enum JournalError {
     /// The state in it is not for this server.
     #[error(transparent)]
     State(#[from] StateFault),
+    /// This server would write nothing into it.
+    #[error(
+        "this program was built for a benchmark, without a journal, and would lose its guest's requests if it died: use a \
+         build without BULKHEAD_BENCH_NO_JOURNAL"
+    )]
+    CompiledOut,
 }
 
 /// A device's journal, mapped. Cheap to clone.
@@ -131,6 +141,12 @@ const IN_RANGE: &str = "journal offsets lie in the mapped journal";
 impl Journal {
     /// Maps the journal that the supervisor handed over.
     pub fn map(fd: BorrowedFd<'_>) -> Result<Self, JournalError> {
+        if !ENABLED {
+            if std::env::args().all(|argument| argument != WITHOUT_JOURNAL) {
+                return Err(JournalError::CompiledOut);
+            }
+            tracing::error!("THIS BUILD HAS NO JOURNAL: for a benchmark only, it cannot be replaced");
+        }
         let length = usize::try_from(required_len()).expect("64-bit hosts only");
         let map = SharedMap::map(fd, length, Access::ReadWrite)?;
         let own = MAGIC | u64::from(OLDEST_READER_LAYOUT) << 32;

@@ -22,8 +22,12 @@ pub struct Host<'a> {
     timeline: &'a Timeline,
     /// Memory and channels.
     pub guest: SyntheticGuest,
-    /// Of the server that was attached last.
+    /// Of the server that serves, or did last.
     generation: u32,
+    /// It is gone.
+    gone: bool,
+    /// Of the server that waits for that.
+    waiting: Option<u32>,
 }
 
 impl<'a> Host<'a> {
@@ -38,6 +42,8 @@ impl<'a> Host<'a> {
             timeline,
             guest: SyntheticGuest::new(options)?,
             generation: 0,
+            gone: true,
+            waiting: None,
         };
         let deadline = Instant::now() + PATIENCE;
         let ready = VcpuToSupervisor::Ready {
@@ -99,25 +105,32 @@ impl<'a> Host<'a> {
     ) -> Result<()> {
         match message {
             SupervisorToVcpu::AddDevice { device: 0, .. } => {
-                self.generation = 1;
                 let link = fds.pop().context("no socket to a server")?;
-                self.attach(link)
+                self.attach(link, 1)
             }
             SupervisorToVcpu::ServerAttached {
                 device: 0,
                 generation,
             } => {
-                self.generation = generation;
                 self.timeline.phase(1);
                 let link = fds.pop().context("no socket to a server")?;
-                self.attach(link)
+                self.attach(link, generation)
             }
-            SupervisorToVcpu::ServerGone { device: 0, .. } => {
-                if !self.timeline.gone() {
+            SupervisorToVcpu::ServerGone {
+                device: 0,
+                generation,
+            } => {
+                let was_killed = self.timeline.gone();
+                if self.generation != generation {
+                    self.waiting.take_if(|waiting| *waiting == generation);
+                    return Ok(());
+                }
+                if !was_killed {
                     faults.count(Fault::Wrong, format_args!("a server died that nobody had killed"));
                 }
                 self.guest.server_gone();
-                Ok(())
+                self.gone = true;
+                self.promote()
             }
             SupervisorToVcpu::Inspect => {
                 let nothing = VcpuToSupervisor::Inspect { entries: Vec::new() };
@@ -127,19 +140,40 @@ impl<'a> Host<'a> {
         }
     }
 
-    fn attach(&mut self, link: OwnedFd) -> Result<()> {
-        match self.guest.attach(link, Instant::now() + PATIENCE) {
-            Ok(generation) if generation == self.generation => {
+    fn attach(&mut self, link: OwnedFd, generation: u32) -> Result<()> {
+        match self.guest.attach_waiting(link, Instant::now() + PATIENCE) {
+            Ok(said) if said == generation => {
                 self.timeline.phase(2);
-                Ok(())
+                self.waiting = Some(generation);
+                self.promote()
             }
-            Ok(generation) => bail!("server {generation} says hello instead of {}", self.generation),
-            // It was killed before it could say hello, or before it was told all.
+            Ok(said) => bail!("server {said} says hello instead of {generation}"),
+            // It was killed before it could say hello, or before it was told all; the supervisor will say so.
             Err(VscError::Server(_) | VscError::Send(_)) => {
-                self.guest.server_gone();
+                if self.gone {
+                    (self.generation, self.gone) = (generation, false);
+                }
                 Ok(())
             }
             Err(error) => Err(error).context("a server cannot be attached"),
+        }
+    }
+
+    /// If nobody serves any more, and somebody waits for that, he does.
+    fn promote(&mut self) -> Result<()> {
+        if !self.gone {
+            return Ok(());
+        }
+        let Some(generation) = self.waiting.take() else {
+            return Ok(());
+        };
+        (self.generation, self.gone) = (generation, false);
+        match self.guest.promote() {
+            Err(VscError::Send(_)) => {
+                self.guest.server_gone();
+                Ok(())
+            }
+            other => other.context("a server cannot be told to serve"),
         }
     }
 }

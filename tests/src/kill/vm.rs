@@ -166,17 +166,17 @@ impl Vm {
         connect(&self.folder)
     }
 
-    /// The process that serves `device` now; `None` while there is none.
+    /// The process that serves `device` now, or that will once its dead predecessor's I/O is over; `None` while there
+    /// is neither.
     pub fn server(&mut self, device: &str) -> Result<Option<Victim>> {
-        self.control.send(&Request::Status, &[])?;
+        self.control.send(&Request::Devices, &[])?;
         let (reply, _) = receive::<Reply>(&mut self.control, Instant::now() + PATIENCE)?;
-        let Reply::Status { processes, .. } = reply else {
+        let Reply::Devices(lines) = reply else {
             bail!("the supervisor answers {reply:?}");
         };
-        let Some((_, pid)) = processes.into_iter().find(|(name, _)| name == device) else {
-            return Ok(None);
-        };
-        let Some(pid) = Pid::from_raw(pid) else {
+        let line = lines.into_iter().find(|line| line.name == device);
+        let pid = line.and_then(|line| line.process.or(line.successor.map(|(_, _, pid)| pid)));
+        let Some(pid) = pid.and_then(Pid::from_raw) else {
             return Ok(None);
         };
         match pidfd_open(pid, PidfdFlags::empty()) {

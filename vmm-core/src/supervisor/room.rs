@@ -18,7 +18,7 @@ use super::control::DeviceLine;
 use super::crash_report::CrashReport;
 use super::liveness::Probe;
 use super::plan::{Backend, Plan, Room};
-use super::policy::History;
+use super::policy::{Decision, History};
 use super::process::Process;
 use super::report;
 use super::standby::StandbyEnds;
@@ -74,6 +74,8 @@ pub enum Server {
         started: Instant,
         since: Instant,
         planned: bool,
+        /// What follows a death; `None`: not decided on yet.
+        decision: Option<Decision>,
     },
     /// A timer runs for its successor. Also before the first.
     Pausing,
@@ -295,6 +297,7 @@ impl RoomState {
             started,
             since: Instant::now(),
             planned: false,
+            decision: None,
         };
         self.told_to_stop = None;
         Some(Death { sentence, report })

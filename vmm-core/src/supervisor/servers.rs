@@ -4,6 +4,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result};
 use vmbus::ipc::{ServerToSupervisor, SupervisorToVcpu};
 
 use super::chronicle::Event;
@@ -24,6 +25,7 @@ struct Gone {
     started: Instant,
     /// As it was told to.
     planned: bool,
+    decision: Option<policy::Decision>,
 }
 
 impl Supervisor {
@@ -122,15 +124,18 @@ impl Supervisor {
                 {
                     swap.mishap = Some(death.sentence.clone());
                 }
-                // A successor that waits serves from here on; what there is to write can wait.
+                // The guest waits: what there is to write can wait.
                 let fenced = self.tell_if_fenced(index);
-                say(&death.sentence);
-                self.note_death(death.report);
                 self.fail_swap(
                     index,
                     generation,
                     &format!("{} before it was ready", death.sentence),
                 );
+                if fenced.is_none() {
+                    self.start_before_fenced(index);
+                }
+                say(&death.sentence);
+                self.note_death(death.report);
                 if let Some(gone) = fenced {
                     self.find_successor(index, gone);
                 }
@@ -153,6 +158,7 @@ impl Supervisor {
             started,
             since,
             planned,
+            decision,
         } = room.server
         else {
             return None;
@@ -169,7 +175,55 @@ impl Supervisor {
             generation: room.generation,
         };
         self.send_to_vcpu(&gone, &[]);
-        Some(Gone { started, planned })
+        Some(Gone {
+            started,
+            planned,
+            decision,
+        })
+    }
+
+    /// The guest waits: if the next server is to be started at once, it is started while the last one's I/O comes to
+    /// its end, and waits for that like any successor.
+    fn start_before_fenced(&mut self, index: usize) {
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let Server::Fencing {
+            started, decision, ..
+        } = &mut room.server
+        else {
+            return;
+        };
+        let now = self.timers.milliseconds(Instant::now());
+        let next = room.history.on_death(self.timers.milliseconds(*started), now);
+        *decision = Some(next);
+        if next != (policy::Decision::Restart { after_ms: 0 }) || room.successor.is_some() {
+            return;
+        }
+        let device = room.plan.name.clone();
+        match self.start_waiting(index) {
+            Ok(generation) => self.note(Event::Restart { device, generation }),
+            // It is tried again when the I/O is over.
+            Err(error) => say(&format!("{device} has no successor yet: {error:#}")),
+        }
+    }
+
+    /// Starts a server that waits for its turn; its generation.
+    pub(super) fn start_waiting(&mut self, index: usize) -> Result<u32> {
+        let room = self.rooms.get_mut(index).context("there is no such device")?;
+        room.start_passt()?;
+        let (link, generation) = room.start_successor(None, &self.settings)?;
+        let attached = SupervisorToVcpu::ServerAttached {
+            device: room.plan.device,
+            generation,
+        };
+        let overdue = Timer::ReadyOverdue {
+            room: index,
+            generation,
+        };
+        self.timers.set(Instant::now() + START_DEADLINE, overdue);
+        self.send_to_vcpu(&attached, &[link.as_fd()]);
+        Ok(generation)
     }
 
     /// The server is gone, and `bulkhead-vcpu` knows: who serves now?
@@ -178,9 +232,10 @@ impl Supervisor {
             return;
         };
         let now = self.timers.milliseconds(Instant::now());
-        let decision = match gone.planned {
-            true => policy::Decision::Restart { after_ms: 0 },
-            false => room.history.on_death(self.timers.milliseconds(gone.started), now),
+        let decision = match gone.decision {
+            Some(decision) => decision,
+            None if gone.planned => policy::Decision::Restart { after_ms: 0 },
+            None => room.history.on_death(self.timers.milliseconds(gone.started), now),
         };
         // A person has chosen the new one of a swap, and perhaps because of the deaths.
         let held = matches!(decision, policy::Decision::Hold { .. }) && room.swap.is_none();

@@ -5,16 +5,13 @@
 //! ends has harmed nobody: it is started again, with growing pauses, and does not count as a death of the device's
 //! servers. Where there is none at the moment of a death, the device is served as if it had asked for none.
 
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
-
-use vmbus::ipc::SupervisorToVcpu;
 
 use super::chronicle::Event;
 use super::report::say;
 use super::room::Server;
 use super::timers::Timer;
-use super::{Phase, START_DEADLINE, Supervisor};
+use super::{Phase, Supervisor};
 
 /// Before a standby is started: the server that has just begun to serve has requests to catch up with.
 const CALM: Duration = Duration::from_millis(200);
@@ -56,7 +53,7 @@ impl Supervisor {
     }
 
     pub(super) fn on_standby_due(&mut self, index: usize) {
-        let Some(room) = self.rooms.get_mut(index) else {
+        let Some(room) = self.rooms.get(index) else {
             return;
         };
         let serves =
@@ -65,22 +62,8 @@ impl Supervisor {
         if !matches!(self.phase, Phase::Running) || !serves || room.successor.is_some() {
             return;
         }
-        match room.start_successor(None, &self.settings) {
-            Ok((link, generation)) => {
-                let attached = SupervisorToVcpu::ServerAttached {
-                    device: room.plan.device,
-                    generation,
-                };
-                let overdue = Timer::ReadyOverdue {
-                    room: index,
-                    generation,
-                };
-                self.timers.set(Instant::now() + START_DEADLINE, overdue);
-                self.send_to_vcpu(&attached, &[link.as_fd()]);
-            }
-            Err(error) => {
-                self.on_standby_end(index, Duration::ZERO, &format!("it does not start: {error:#}"))
-            }
+        if let Err(error) = self.start_waiting(index) {
+            self.on_standby_end(index, Duration::ZERO, &format!("it does not start: {error:#}"));
         }
     }
 

@@ -31,6 +31,8 @@ pub struct Successor {
     pub warm: bool,
     /// Why it is being killed, or has failed.
     pub blame: Option<String>,
+    /// It was started because the present one has died, and waits for nothing but the end of that one's I/O.
+    pub is_restart: bool,
 }
 
 /// A server that gave up its place, or never had it, and has not ended.
@@ -76,6 +78,7 @@ impl RoomState {
             ready: false,
             warm: false,
             blame: None,
+            is_restart: matches!(self.server, Server::Fencing { .. }),
         });
         Ok((to_vcpu, generation))
     }
@@ -123,6 +126,7 @@ impl RoomState {
             started: process.started,
             since: Instant::now(),
             planned: true,
+            decision: None,
         };
         if let Server::Running { process, .. } = std::mem::replace(&mut self.server, fencing) {
             self.let_leave(process, self.generation);

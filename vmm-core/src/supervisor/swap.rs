@@ -182,8 +182,10 @@ impl Supervisor {
                 generation: successor.generation,
             };
             self.timers.clear(overdue);
+            let is_restart = successor.is_restart;
             match room.swap {
                 Some(_) => self.stop_predecessor(index),
+                None if is_restart => {}
                 None => self.on_standby_prepared(index),
             }
         }
@@ -195,6 +197,10 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
+        let is_restart = room
+            .successor
+            .as_ref()
+            .is_some_and(|successor| successor.is_restart);
         let Some((generation, lived, sentence)) = room.on_successor_end() else {
             return;
         };
@@ -212,6 +218,15 @@ impl Supervisor {
         let serves = matches!(room.server, Server::Running { .. }) && room.told_to_stop.is_none();
         let old = room.generation;
         let is_standby = room.swap.is_none();
+        if let Server::Fencing { decision, .. } = &mut room.server
+            && is_restart
+        {
+            // It is followed like any server that died.
+            let now = self.timers.milliseconds(Instant::now());
+            *decision = Some(room.history.on_death(now, now));
+            say(&sentence);
+            return self.send_to_vcpu(&gone, &[]);
+        }
         self.send_to_vcpu(&gone, &[]);
         if is_standby {
             return self.on_standby_end(index, lived, &sentence);
@@ -301,13 +316,17 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return false;
         };
+        let is_restart = room
+            .successor
+            .as_ref()
+            .is_some_and(|successor| successor.is_restart);
         if !room.promote() {
             return false;
         }
         let ready = room.server.is_ready();
         let device = room.plan.name.clone();
         let generation = room.generation;
-        if room.swap.is_none() {
+        if room.swap.is_none() && !is_restart {
             self.note(Event::Promoted { device, generation });
         }
         if ready {

@@ -78,7 +78,8 @@ impl Room {
         }
         let journal = PlayedSupervisor::new_journal().map_err(VscError::from)?;
         let mut guest = SyntheticGuest::new(guest)?;
-        let running = launch(&program, &arguments, &start, &disks, &journal)?;
+        let mut running = launch(&program, &arguments, &start, &disks, &journal)?;
+        let report = running.supervisor.wait_ready(deadline())?;
         guest.attach(running.vcpu, deadline())?;
         Ok(Self {
             program,
@@ -89,7 +90,7 @@ impl Room {
             guest,
             supervisor: running.supervisor,
             child: running.child,
-            report: running.report,
+            report,
         })
     }
 
@@ -138,7 +139,7 @@ impl Room {
         self.child.wait_at_most(PATIENCE)?.ok_or(RoomError::StillRunning)
     }
 
-    /// Starts the next server after [`Room::kill`] or [`Room::stop`], and attaches it.
+    /// Starts the next server after [`Room::kill`] or [`Room::stop`], and attaches it. One that fails can be waited for.
     pub fn start_successor(&mut self) -> Result<(), RoomError> {
         self.start = self.start.successor();
         let running = launch(
@@ -150,7 +151,7 @@ impl Room {
         )?;
         self.supervisor = running.supervisor;
         self.child = running.child;
-        self.report = running.report;
+        self.report = self.supervisor.wait_ready(deadline())?;
         self.guest.attach(running.vcpu, deadline())?;
         Ok(())
     }
@@ -174,7 +175,6 @@ struct Running {
     child: Child,
     supervisor: PlayedSupervisor,
     vcpu: OwnedFd,
-    report: String,
 }
 
 fn launch(
@@ -202,12 +202,10 @@ fn launch(
     let mut fds = vec![("vcpu", child_vcpu.as_fd()), ("journal", journal.as_fd())];
     fds.extend(disks.iter().map(|(name, fd)| (*name, fd.as_fd())));
     supervisor.start(start, &fds)?;
-    let report = supervisor.wait_ready(deadline())?;
     Ok(Running {
         child,
         supervisor,
         vcpu,
-        report,
     })
 }
 

@@ -10,3 +10,4 @@ mod hostile;
 mod protocol;
 mod room;
 mod slow;
+mod spoiled;

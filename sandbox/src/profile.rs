@@ -99,6 +99,19 @@ pub fn net() -> Profile {
     }
 }
 
+/// The keeper of `bulkhead`: holds descriptors, and gives them to whoever connects and may have them.
+pub fn keeper() -> Profile {
+    Profile {
+        name: "bulkhead-keeper",
+        syscalls: [RUNTIME, MEMORY, SOCKETS, KEEPER].concat(),
+        // Limit: 64 devices with some 20 descriptors each, twice: once held and once on the way to an adopter.
+        limits: Limits {
+            open_files: 4096,
+            threads: 1,
+        },
+    }
+}
+
 const fn allow(name: &'static str, number: i64, when: &'static [When], by: &'static str) -> Rule {
     Rule {
         name,
@@ -315,6 +328,19 @@ const NET: &[Rule] = &[
     // A null address: the stream is connected, and stays so.
     allow("sendto", c::SYS_sendto, &[When::Null { argument: 4 }], "runtime: nix send to the stream of passt"),
 ];
+
+/// Connections at the one socket that listens in the VM's folder.
+#[rustfmt::skip] // a table: one entry a line
+const KEEPER: &[Rule] = &[
+    allow("accept4", c::SYS_accept4, ANY, "vmm-core/src/supervisor/control.rs accept"),
+    allow("getsockopt", c::SYS_getsockopt, PEER, "vmm-core/src/supervisor/keeper/holder.rs uid_of"),
+];
+
+/// Who is at the other end.
+const PEER: &[When] = &[When::OneOf {
+    argument: 2,
+    values: &[c::SO_PEERCRED as u32],
+}];
 
 #[cfg(test)]
 mod tests;

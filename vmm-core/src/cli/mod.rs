@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::spec::Name;
+use crate::supervisor::keeper;
 use crate::supervisor::report::{EXIT_STATUS_HELP, say};
 
 const RUN_EXAMPLES: &str = "\
@@ -92,6 +93,13 @@ enum Command {
 
 /// The program.
 pub fn main() -> ExitCode {
+    // Not a command for people, and without a parser, which would be half of that process's memory.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|first| first == keeper::ARGUMENT)
+    {
+        return keeper::holder::main();
+    }
     let result = match Cli::parse().command {
         Command::Run(args) => return run::run(*args),
         Command::Doctor(arguments) => return doctor::main(arguments),

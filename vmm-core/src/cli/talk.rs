@@ -11,6 +11,7 @@ use vmbus::ipc::{PeerFault, Socket};
 use crate::spec::Name;
 use crate::supervisor::control::{Reply, Request, connect_to};
 use crate::supervisor::folder::{base, control_socket};
+use crate::supervisor::keeper::is_orphaned;
 
 /// Limit: how long an answer is waited for. A supervisor answers within a second, and ends a VM within seven.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -28,6 +29,10 @@ pub(super) fn list() -> Result<()> {
     }
     names.sort();
     for name in names {
+        if is_orphaned(&base().join(name.as_str())).unwrap_or(false) {
+            println!("{name} orphaned");
+            continue;
+        }
         let Some(mut socket) = connect_to(&control_socket(&base(), &name))? else {
             continue;
         };
@@ -95,6 +100,9 @@ pub(super) fn stop(vm: &Name, power_button: bool) -> Result<()> {
 }
 
 pub(super) fn connect(vm: &Name) -> Result<Socket> {
+    if is_orphaned(&base().join(vm.as_str()))? {
+        bail!("{vm} runs on without its supervisor, which was killed: nobody is there to ask");
+    }
     connect_to(&control_socket(&base(), vm))?
         .ok_or_else(|| anyhow!("no VM named {vm} runs for this user (bulkhead list shows which do)"))
 }

@@ -97,6 +97,13 @@ impl Held {
         }
     }
 
+    /// What is held.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Held::File { handle: fd, .. } | Held::Memory(fd) | Held::Tap(fd) | Held::Passt(fd) => fd.as_fd(),
+        }
+    }
+
     /// The descriptor for a server that is started now.
     pub fn for_server(&self) -> Result<OwnedFd> {
         match self {

@@ -177,13 +177,16 @@ impl Listener {
 
     /// A client that waits, if there is one.
     pub fn accept(&self) -> io::Result<Option<Socket>> {
-        match rustix::net::accept_with(&self.fd, rustix::net::SocketFlags::CLOEXEC) {
-            Ok(client) => Ok(Some(Socket::new(client))),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {
-                Ok(None)
-            }
-            Err(errno) => Err(errno.into()),
-        }
+        accept(self.as_fd())
+    }
+}
+
+/// A client that waits at a listening socket that does not block, if there is one.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<Option<Socket>> {
+    match rustix::net::accept_with(listener, rustix::net::SocketFlags::CLOEXEC) {
+        Ok(client) => Ok(Some(Socket::new(client))),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -83,6 +83,7 @@ impl Supervisor {
             // A killed process that does not end (it waits for a dead disk) is init's, then.
             let _ = process.child.wait_at_most(END_DEADLINE);
         }
+        self.keeper = None;
         self.input.restore();
         self.phase = Phase::Over(outcome);
     }

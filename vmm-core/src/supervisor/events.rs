@@ -27,6 +27,7 @@ impl Supervisor {
         for timer in self.timers.due(Instant::now()) {
             self.on_timer(timer);
         }
+        self.tell_keeper();
         self.store_reports();
         Ok(())
     }
@@ -77,6 +78,9 @@ impl Supervisor {
         if !matches!(self.phase, Phase::EndingServers(_) | Phase::Over(_)) {
             add_process(&mut list, &self.vcpu, Source::Vcpu);
         }
+        if let Some(keeper) = &self.keeper {
+            add_process(&mut list, &keeper.process, Source::Keeper);
+        }
         for (index, room) in self.rooms.iter().enumerate() {
             if let Server::Running { process, .. } = &room.server {
                 add_process(&mut list, process, |part| Source::Server(index, part));
@@ -109,6 +113,7 @@ impl Supervisor {
             Source::Vcpu(Part::Control) => self.on_vcpu_control(),
             Source::Vcpu(Part::Log) => show_lines("vcpu", &mut self.vcpu),
             Source::Vcpu(Part::End) => self.on_vcpu_end(),
+            Source::Keeper(part) => self.on_keeper(part),
             Source::Server(index, Part::Control) => self.on_server_control(index),
             Source::Server(index, Part::Log) => {
                 if let Some(room) = self.rooms.get_mut(index)
@@ -165,6 +170,7 @@ impl Supervisor {
             Timer::Fence { room } => self.try_fence(room),
             Timer::Restart { room } => self.restart_server(room),
             Timer::Standby { room } => self.on_standby_due(room),
+            Timer::Keeper => self.start_keeper(),
             Timer::Probe => self.on_probe_due(),
             Timer::EndOverdue => self.on_end_overdue(),
             Timer::InspectOverdue => self.finish_inspection(),
@@ -178,6 +184,9 @@ impl Supervisor {
         let mut waiting: Vec<&str> = Vec::new();
         if !vcpu_ready {
             waiting.push("vcpu");
+        }
+        if self.waits_for_keeper() {
+            waiting.push("keeper");
         }
         waiting.extend(
             self.rooms

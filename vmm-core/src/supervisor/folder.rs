@@ -3,13 +3,16 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `lock` | locked as long as the VM runs; holds the supervisor's process id |
+//! | `lock` | locked as long as supervisor or keeper lives; holds the supervisor's process id |
 //! | `control` | the socket that `bulkhead list`, `inspect` and `stop` talk to |
+//! | `adopt` | the socket of the keeper, for a new supervisor |
 //!
-//! A folder whose lock is free was left by a supervisor that was killed; the next VM of that name takes it over.
+//! A folder whose lock is free was left by a supervisor and a keeper that were killed; the next VM of that name takes it
+//! over.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -17,14 +20,15 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
+use super::keeper;
+use super::report::say;
 use crate::spec::Name;
 
 /// The folder of a VM, ours until this is dropped.
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
-    /// Held by its existence.
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 /// Where the folders of this user's VMs are.
@@ -69,22 +73,34 @@ impl Folder {
             };
             let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => lock,
-                Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(in_use(name, &lock_path)),
+                Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(in_use(name, &path)?),
                 Err((_, errno)) => bail!("cannot lock {}: {}", lock_path.display(), errno.desc()),
             };
             if !is_same_file(&lock, &lock_path) {
                 continue;
             }
+            let left = fs::read_to_string(&lock_path).unwrap_or_default();
+            if !left.trim().is_empty() {
+                say(&format!(
+                    "an earlier VM named {name} (process {}) was killed together with what kept it; its folder is cleared",
+                    super::process::printable(left.trim())
+                ));
+            }
             remove_contents_but_lock(&path).with_context(|| format!("cannot clear {}", path.display()))?;
             lock.set_len(0)?;
             writeln!(lock, "{}", std::process::id())?;
-            return Ok(Folder { path, _lock: lock });
+            return Ok(Folder { path, lock });
         }
         bail!("cannot take {}: it is removed again and again", path.display())
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whoever holds it, or a duplicate of it, holds the folder.
+    pub fn lock(&self) -> BorrowedFd<'_> {
+        self.lock.as_fd()
     }
 }
 
@@ -95,8 +111,13 @@ impl Drop for Folder {
     }
 }
 
-fn in_use(name: &Name, lock_path: &Path) -> String {
-    match fs::read_to_string(lock_path) {
+fn in_use(name: &Name, path: &Path) -> Result<String> {
+    if keeper::is_orphaned(path)? {
+        return Ok(format!(
+            "a VM named {name} runs on without its supervisor; give this one another --name"
+        ));
+    }
+    Ok(match fs::read_to_string(path.join("lock")) {
         Ok(text) if !text.trim().is_empty() => {
             format!(
                 "a VM named {name} runs already (process {}); give this one another --name",
@@ -104,7 +125,7 @@ fn in_use(name: &Name, lock_path: &Path) -> String {
             )
         }
         _ => format!("a VM named {name} runs already; give this one another --name"),
-    }
+    })
 }
 
 /// The folder of all VMs. In a shared place like /tmp it must be ours: another user's could be exchanged under us.

@@ -71,6 +71,11 @@ impl Input {
         }
     }
 
+    /// The end of the pipe that is ours.
+    pub fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        self.pipe.as_ref().map(AsFd::as_fd)
+    }
+
     /// Standard input, if more of it can be taken.
     pub fn wants_typed(&self) -> Option<BorrowedFd<'static>> {
         (self.pipe.is_some() && self.waiting.is_empty()).then(stdin)

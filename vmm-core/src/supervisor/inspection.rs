@@ -119,6 +119,10 @@ impl Supervisor {
         if let Phase::Starting { vcpu_ready, .. } = self.phase {
             entries.push(("supervisor.vcpu.ready".to_owned(), vcpu_ready.to_string()));
         }
+        if let Some(keeper) = &self.keeper {
+            let process = keeper.process.child.pid.to_string();
+            entries.push(("supervisor.keeper.process".to_owned(), process));
+        }
         for room in &self.rooms {
             let path = format!("supervisor.{}", room.plan.name);
             let mut add = |key: &str, value: String| entries.push((format!("{path}.{key}"), value));

@@ -34,6 +34,7 @@
 //! | `machine.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, the servers and a person say |
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
+//! | `keeper/`, `keep.rs` | the process that holds what the supervisor holds, and what that is |
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
 //! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
 //! | `liveness.rs` | servers that hang |
@@ -51,6 +52,8 @@ mod events;
 pub mod folder;
 mod input;
 mod inspection;
+mod keep;
+pub mod keeper;
 pub mod liveness;
 mod machine;
 mod operator;
@@ -83,6 +86,8 @@ use crash_report::CrashReport;
 use folder::Folder;
 use input::Input;
 use inspection::{Client, Inspection};
+use keeper::mirror::Keeper;
+use policy::History;
 use process::Process;
 use report::{Outcome, say};
 use room::{RoomState, ServerSettings};
@@ -140,6 +145,8 @@ enum Phase {
 
 struct Supervisor {
     phase: Phase,
+    /// The VM's.
+    name: String,
     on_crash: OnCrash,
     on_reset: OnReset,
     settings: ServerSettings,
@@ -163,6 +170,11 @@ struct Supervisor {
     /// How long a server may owe an answer; `None`: it is not asked.
     patience: Option<Duration>,
     next_token: u64,
+    /// At it a keeper hears who wants to adopt the VM.
+    adopt_listener: Listener,
+    /// `None`: it has ended, and a timer runs for the next; or all is over.
+    keeper: Option<Keeper>,
+    keeper_history: History,
     /// Last: removed when nothing of the VM is left.
     folder: Folder,
 }
@@ -176,6 +188,7 @@ enum Source {
     Listener,
     Client(usize),
     Vcpu(Part),
+    Keeper(Part),
     Server(usize, Part),
     Successor(usize, Part),
     /// A server that serves no more, by its generation.
@@ -198,6 +211,7 @@ impl Supervisor {
         let plan = plan::plan(spec);
         let folder = Folder::take(&options.base, &spec.name)?;
         let listener = Listener::bind(&folder.path().join("control"))?;
+        let adopt_listener = Listener::bind(&folder.path().join(keeper::LISTENER))?;
 
         // Everything that can be a person's mistake comes before the first process.
         backend::check_memory(spec.memory)?;
@@ -207,7 +221,8 @@ impl Supervisor {
         machine.push(("console-in", console_in));
         machine.push(("console-out", console_out(&spec.console)?));
 
-        // The vCPU process first: it has the most to do, and does it while the servers start.
+        let keeper = Keeper::start(spec.name.as_str())?;
+        // Then the vCPU process: it has the most to do, and does it while the servers start.
         let mut vcpu = Process::start(&options.programs.join("bulkhead-vcpu"), 0)?;
         let names = machine.iter().map(|(name, _)| (*name).to_owned()).collect();
         let fds: Vec<BorrowedFd<'_>> = machine.iter().map(|(_, fd)| fd.as_fd()).collect();
@@ -234,6 +249,7 @@ impl Supervisor {
                 reports: Vec::new(),
                 vcpu_ready: false,
             },
+            name: spec.name.to_string(),
             on_crash: spec.on_crash,
             on_reset: spec.on_reset,
             settings,
@@ -253,6 +269,9 @@ impl Supervisor {
             next_report: 1,
             patience: liveness::patience(spec),
             next_token: 0,
+            adopt_listener,
+            keeper: Some(keeper),
+            keeper_history: History::default(),
             folder,
         })
     }
@@ -273,7 +292,8 @@ impl Supervisor {
         else {
             return;
         };
-        if !self.rooms.iter().all(|room| room.server.is_ready()) {
+        let all_ready = self.rooms.iter().all(|room| room.server.is_ready());
+        if !all_ready || self.waits_for_keeper() {
             return;
         }
         let lacking = report::lacking(reports.iter().map(String::as_str));

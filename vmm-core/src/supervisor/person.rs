@@ -134,6 +134,9 @@ impl Supervisor {
                 processes.push((format!("{} passt", room.plan.name), passt.child.pid.as_raw()));
             }
         }
+        if let Some(keeper) = &self.keeper {
+            processes.push(("keeper".to_owned(), keeper.process.child.pid.as_raw()));
+        }
         Reply::Status {
             supervisor: nix::unistd::getpid().as_raw(),
             state: self.state().to_owned(),

@@ -7,13 +7,13 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::OFlag;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
 use vmbus::ipc::{Socket, pair};
 
@@ -41,14 +41,19 @@ pub struct Process {
 impl Process {
     /// Starts a program of ours in a jail that it completes itself. `index` tells the VM's processes apart.
     pub fn start(program: &Path, index: u32) -> Result<Self> {
+        Self::launch(program, &[], Namespaces::all(), index)
+    }
+
+    /// The same with arguments, and in these namespaces.
+    pub fn launch(program: &Path, args: &[&str], namespaces: Namespaces, index: u32) -> Result<Self> {
         let (ours, theirs) = pair().context("cannot make a socket pair")?;
         let (log, stderr) = pipe().context("cannot make a pipe")?;
         let child = sandbox::spawn(Spawn {
             program: program.to_owned(),
-            args: Vec::new(),
+            args: args.iter().map(OsString::from).collect(),
             env: passed_on(),
             fds: vec![(theirs, sandbox::sys::fds::CONTROL)],
-            namespaces: Namespaces::all(),
+            namespaces,
             stderr: Some(stderr),
             identity: Identity::own(index),
         })
@@ -84,6 +89,15 @@ impl Process {
         let _ = self.child.kill();
     }
 
+    /// What we hold of it, each by the last part of its name for the keeper.
+    pub fn held(&self) -> impl Iterator<Item = (&'static str, BorrowedFd<'_>)> {
+        let end = Some(("end", self.child.as_fd()));
+        let control = self.control.as_ref().map(|socket| ("control", socket.as_fd()));
+        let log = self.log.fd.as_ref().map(|fd| ("log", fd.as_fd()));
+        let recorder = self.recorder.as_ref().map(|fd| ("recorder", fd.as_fd()));
+        [end, control, log, recorder].into_iter().flatten()
+    }
+
     /// New lines that it logged.
     pub fn lines(&mut self) -> Vec<String> {
         self.log.read()
@@ -99,11 +113,10 @@ fn passed_on() -> Vec<(OsString, OsString)> {
         .collect()
 }
 
-/// A pipe whose reading end does not block: (reading, writing).
+/// A pipe for a log, neither of whose ends blocks: (reading, writing). While there is no supervisor nobody reads, and a child
+/// that has much to say must lose lines rather than wait.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let (reading, writing) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    fcntl(&reading, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok((reading, writing))
+    Ok(nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?)
 }
 
 /// The reading end of a child's standard error.
@@ -279,6 +292,13 @@ mod tests {
             1
         );
         assert_eq!(budget.spend(start + Duration::from_secs(1)), Spent::Yes);
+    }
+
+    #[test]
+    fn a_child_that_nobody_listens_to_does_not_wait() {
+        let (_reading, writing) = pipe().expect("a pipe");
+        let full = (0..1000).find_map(|_| nix::unistd::write(&writing, &[b'x'; 4096]).err());
+        assert_eq!(full, Some(Errno::EAGAIN));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! A device, what is held open for it, and the servers that live in it one after the other.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -148,6 +148,15 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
 }
 
 impl RoomState {
+    /// What is held for all of its servers, each by the last part of its name for the keeper.
+    pub fn held(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+        let backend = self.held.as_ref().map(|held| ("backend", held.as_fd()));
+        [("journal", self.journal.as_fd())]
+            .into_iter()
+            .chain(backend)
+            .collect()
+    }
+
     /// Starts passt, if this room needs one that runs.
     pub fn start_passt(&mut self) -> Result<()> {
         if self.plan.backend == Backend::Passt && self.passt.is_none() {

@@ -21,6 +21,8 @@ pub enum Timer {
     Restart { room: usize },
     /// Start a standby.
     Standby { room: usize },
+    /// Start another keeper.
+    Keeper,
     /// A process that was asked to end has not.
     EndOverdue,
     /// Ask the servers whether they still turn.

@@ -192,6 +192,17 @@ impl Running {
         }
     }
 
+    /// Kills the supervisor and nobody else; what it said.
+    pub fn kill(mut self) -> String {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("waited");
+        let mut stderr = String::new();
+        if let Some(mut pipe) = self.child.stderr.take() {
+            pipe.read_to_string(&mut stderr).expect("read");
+        }
+        stderr
+    }
+
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("signalled");
@@ -364,7 +375,7 @@ fn a_signal_ends_everything_in_order() {
         let place = Place::new();
         let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
         let processes = place.wait_until_it_runs();
-        assert_eq!(processes.len(), 2);
+        assert_eq!(processes.len(), 3);
         running.signal(signal);
         running.wait().expect(status, "ended by signal");
         assert!(processes.iter().all(|(_, process)| is_gone(*process)));

@@ -4,6 +4,7 @@
 
 mod cases;
 mod operator;
+mod orphans;
 mod played;
 mod swaps;
 
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = args.collect();
     let listing = args.iter().any(|arg| arg == "--list");
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
-    let chosen: Vec<_> = [cases::ALL, operator::ALL, swaps::ALL]
+    let chosen: Vec<_> = [cases::ALL, operator::ALL, swaps::ALL, orphans::ALL]
         .concat()
         .into_iter()
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))

@@ -137,7 +137,7 @@ fn a_server_that_does_not_answer_is_killed_and_one_that_answers_is_not() {
 fn with_a_loop(place: &Place, restart: &str) -> Running {
     place.start(&[
         "--cmdline",
-        "watch",
+        "watch-loop",
         "--restart",
         restart,
         "--disk",

@@ -1,0 +1,159 @@
+#![forbid(unsafe_code)]
+//! Supervisors that are killed, and keepers.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use vmm_core::supervisor::control::{Reply, Request};
+use vmm_core::supervisor::keeper::is_orphaned;
+
+use super::cases::{PATIENCE, Place, Running};
+use super::swaps::until;
+
+pub const ALL: &[(&str, fn())] = &[
+    (
+        "a_vm_outlives_its_supervisor_and_ends_with_its_vcpu_process",
+        a_vm_outlives_its_supervisor_and_ends_with_its_vcpu_process,
+    ),
+    (
+        "a_vm_without_supervisor_and_keeper_ends_and_its_name_is_free",
+        a_vm_without_supervisor_and_keeper_ends_and_its_name_is_free,
+    ),
+    (
+        "a_keeper_that_dies_is_followed_by_one_that_holds_as_much",
+        a_keeper_that_dies_is_followed_by_one_that_holds_as_much,
+    ),
+    (
+        "a_vm_that_has_not_begun_to_run_ends_with_its_supervisor",
+        a_vm_that_has_not_begun_to_run_ends_with_its_supervisor,
+    ),
+];
+
+/// A process that somebody else started.
+struct Other {
+    name: String,
+    number: i32,
+    pidfd: OwnedFd,
+}
+
+impl Other {
+    fn kill(&self) {
+        pidfd_send_signal(&self.pidfd, Signal::KILL).expect("it is there to be killed");
+    }
+
+    fn has_ended(&self, within: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, within).expect("polled") == 1
+    }
+
+    #[track_caller]
+    fn wait(&self) {
+        let patience = PollTimeout::try_from(PATIENCE).expect("in range");
+        assert!(self.has_ended(patience), "{} does not end", self.name);
+    }
+}
+
+/// The VM's processes, as the supervisor tells of them.
+fn processes(place: &Place) -> Vec<Other> {
+    let status = place.ask(&Request::Status);
+    let [Reply::Status { processes, .. }] = &status[..] else {
+        panic!("{status:?}");
+    };
+    let open = |number| {
+        let pid = Pid::from_raw(number).expect("a number");
+        pidfd_open(pid, PidfdFlags::empty()).expect("it runs")
+    };
+    let processes = processes.iter().map(|(name, number)| Other {
+        name: name.clone(),
+        number: *number,
+        pidfd: open(*number),
+    });
+    processes.collect()
+}
+
+fn named<'a>(others: &'a [Other], name: &str) -> &'a Other {
+    others.iter().find(|other| other.name == name).expect("there")
+}
+
+/// A VM with a disk that runs until somebody ends it.
+fn started(place: &Place) -> Running {
+    let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
+    place.wait_until_it_runs();
+    running
+}
+
+fn folder_is_orphaned(place: &Place) -> bool {
+    is_orphaned(&place.path("run/vm")).expect("an answer")
+}
+
+/// The name can be used again, and the one who does is told what was there.
+fn the_name_is_free(place: &Place) {
+    let ended = place.run(&["--cmdline", "poweroff"]);
+    ended.expect(0, "bulkhead: an earlier VM named vm (process ");
+}
+
+fn a_vm_outlives_its_supervisor_and_ends_with_its_vcpu_process() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    assert!(!folder_is_orphaned(&place));
+    running.kill();
+    assert!(folder_is_orphaned(&place));
+    // The second one finds that all those are there to whom the first one's end could have mattered.
+    assert!(folder_is_orphaned(&place));
+    for other in &others {
+        assert!(!other.has_ended(PollTimeout::ZERO), "{} has ended", other.name);
+    }
+    place
+        .start(&["--cmdline", "poweroff"])
+        .wait()
+        .expect(1, "bulkhead: a VM named vm runs on without its supervisor");
+    named(&others, "vcpu").kill();
+    others.iter().for_each(Other::wait);
+    the_name_is_free(&place);
+}
+
+fn a_vm_without_supervisor_and_keeper_ends_and_its_name_is_free() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    running.kill();
+    named(&others, "keeper").kill();
+    others.iter().for_each(Other::wait);
+    the_name_is_free(&place);
+}
+
+fn a_keeper_that_dies_is_followed_by_one_that_holds_as_much() {
+    let place = Place::new();
+    let running = started(&place);
+    let first = processes(&place);
+    named(&first, "keeper").kill();
+    named(&first, "keeper").wait();
+    let second = until(|| {
+        let now = processes(&place);
+        let is_new = |other: &Other| other.number != named(&first, "keeper").number;
+        let new = now.iter().any(|other| other.name == "keeper" && is_new(other));
+        new.then_some(now)
+    });
+    let said = running.kill();
+    assert!(
+        said.contains("bulkhead: the keeper killed by SIGKILL; another one is started\n"),
+        "{said}"
+    );
+    assert!(folder_is_orphaned(&place));
+    for other in &second {
+        assert!(!other.has_ended(PollTimeout::ZERO), "{} has ended", other.name);
+    }
+    named(&second, "vcpu").kill();
+    second.iter().for_each(Other::wait);
+}
+
+fn a_vm_that_has_not_begun_to_run_ends_with_its_supervisor() {
+    let place = Place::new();
+    let running = place.start(&["--cmdline", "slow", "--disk", "memory=1M"]);
+    let others = processes(&place);
+    running.kill();
+    others.iter().for_each(Other::wait);
+    the_name_is_free(&place);
+}

@@ -19,6 +19,8 @@ pub enum ExitCause {
         signal: i32,
         core: bool,
     },
+    /// It ended, and only its parent, which is another process, could have learnt how.
+    Unknown,
 }
 
 /// Exit status of a signal that the first process of a PID namespace could not send to itself; see
@@ -39,6 +41,8 @@ pub struct Child {
     /// First process of a PID namespace.
     namespace_init: bool,
     ended: Option<ExitCause>,
+    /// It is another process's child.
+    adopted: bool,
 }
 
 impl Child {
@@ -48,6 +52,19 @@ impl Child {
             pidfd,
             namespace_init,
             ended: None,
+            adopted: false,
+        }
+    }
+
+    /// A process that another one has started, which has handed over the pidfd. It cannot be reaped from here, and how it
+    /// ends is [`ExitCause::Unknown`].
+    pub fn adopt(pid: Pid, pidfd: OwnedFd) -> Self {
+        Self {
+            pid,
+            pidfd,
+            namespace_init: false,
+            ended: None,
+            adopted: true,
         }
     }
 
@@ -57,6 +74,13 @@ impl Child {
     /// Only if somebody else has reaped the child.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitCause>> {
         if self.ended.is_some() {
+            return Ok(self.ended);
+        }
+        if self.adopted {
+            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::ZERO)? > 0 {
+                self.ended = Some(ExitCause::Unknown);
+            }
             return Ok(self.ended);
         }
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
@@ -144,6 +168,9 @@ impl ExitCause {
 impl fmt::Display for ExitCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
+            ExitCause::Unknown => {
+                f.write_str("ended (how is not known: an earlier supervisor had started it)")
+            }
             ExitCause::Exited(status) => write!(f, "exited with status {status}"),
             ExitCause::Signaled { signal, .. } if signal == libc::SIGSYS => {
                 f.write_str("killed for a forbidden system call (SIGSYS)")

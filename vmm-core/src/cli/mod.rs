@@ -33,6 +33,19 @@ A file says the same as the flags:
   tap = \"tap0\"
 ";
 
+const ADOPT_HELP: &str = "\
+A VM goes on when its supervisor is killed, but nobody restarts its servers then, and nobody answers
+bulkhead inspect or stop. This command runs until the VM ends, as bulkhead run does. The guest's console
+stays where it was; on the same terminal one can type again.
+
+A service manager does the same by itself, for example with a unit for systemd:
+  [Service]
+  ExecStart=/usr/bin/bulkhead run --config /etc/bulkhead/web.toml --name web --console none --adopt
+  KillMode=process
+  Restart=on-failure
+  RestartPreventExitStatus=2
+";
+
 #[derive(Parser)]
 #[command(
     name = "bulkhead",
@@ -49,6 +62,15 @@ enum Command {
     /// Run a VM until it ends
     #[command(after_help = format!("{RUN_EXAMPLES}\n{EXIT_STATUS_HELP}"))]
     Run(Box<run::RunArgs>),
+    /// Become the supervisor of a VM whose supervisor was killed
+    #[command(after_help = ADOPT_HELP)]
+    Adopt {
+        /// The VM's name
+        vm: Name,
+        /// Where the folders of running VMs are
+        #[arg(long, value_name = "FOLDER", hide = true)]
+        run_folder: Option<PathBuf>,
+    },
     /// Say what this host can do for VMs, and what to do about what is missing
     Doctor(doctor::DoctorArguments),
     /// List the VMs of this user that run
@@ -102,6 +124,7 @@ pub fn main() -> ExitCode {
     }
     let result = match Cli::parse().command {
         Command::Run(args) => return run::run(*args),
+        Command::Adopt { vm, run_folder } => return run::adopt(&vm, run_folder),
         Command::Doctor(arguments) => return doctor::main(arguments),
         Command::List => talk::list(),
         Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),

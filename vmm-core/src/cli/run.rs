@@ -12,7 +12,7 @@ use crate::spec::{
     VmSpec, read_file,
 };
 use crate::supervisor::report::{Outcome, say};
-use crate::supervisor::{self, Options, folder};
+use crate::supervisor::{self, Options, folder, keeper};
 
 /// Exit status of a wrong description; clap's for a wrong command line.
 const WRONG_DESCRIPTION: u8 = 2;
@@ -73,6 +73,9 @@ pub(super) struct RunArgs {
     /// What the processes log, for example info or info,storvsp=debug [default: warn]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
+    /// If a VM of this name runs without a supervisor, adopt it instead (for service managers)
+    #[arg(long)]
+    adopt: bool,
     /// Where bulkhead-vcpu and the servers are [default: beside this program]
     #[arg(long, value_name = "FOLDER", hide = true)]
     programs: Option<PathBuf>,
@@ -84,6 +87,7 @@ pub(super) struct RunArgs {
 pub(super) fn run(args: RunArgs) -> ExitCode {
     let found = args.programs.clone().map_or_else(programs, Ok);
     let base = args.run_folder.clone().unwrap_or_else(folder::base);
+    let adopt = args.adopt;
     let spec = match describe(args) {
         Ok(spec) => spec,
         Err(sentence) => {
@@ -91,11 +95,25 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
             return ExitCode::from(WRONG_DESCRIPTION);
         }
     };
+    let folder = base.join(spec.name.as_str());
+    if adopt && keeper::is_orphaned(&folder).unwrap_or(false) {
+        return finish(&supervisor::adopt::adopt(&spec.name, &base));
+    }
     let outcome = match found {
         Ok(programs) => supervisor::run(&spec, &Options { programs, base }),
         Err(error) => Outcome::Setup(format!("cannot find out where this program is: {error}")),
     };
-    match &outcome {
+    finish(&outcome)
+}
+
+/// `bulkhead adopt`.
+pub(super) fn adopt(vm: &Name, base: Option<PathBuf>) -> ExitCode {
+    finish(&supervisor::adopt::adopt(vm, &base.unwrap_or_else(folder::base)))
+}
+
+/// Tells how a VM ended.
+fn finish(outcome: &Outcome) -> ExitCode {
+    match outcome {
         Outcome::Setup(why) => say(why),
         Outcome::VcpuDied(why) => say(&format!("the VM ended: {why}")),
         Outcome::DeviceLost(why) => say(&format!("the VM ended: {why}")),

@@ -101,7 +101,7 @@ pub(super) fn stop(vm: &Name, power_button: bool) -> Result<()> {
 
 pub(super) fn connect(vm: &Name) -> Result<Socket> {
     if is_orphaned(&base().join(vm.as_str()))? {
-        bail!("{vm} runs on without its supervisor, which was killed: nobody is there to ask");
+        bail!("{vm} runs without a supervisor: `bulkhead adopt {vm}` takes it over");
     }
     connect_to(&control_socket(&base(), vm))?
         .ok_or_else(|| anyhow!("no VM named {vm} runs for this user (bulkhead list shows which do)"))

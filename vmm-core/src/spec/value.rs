@@ -6,7 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmbus::ipc::{OnReset, Populate};
 
 /// Name of a VM: 1 to 48 letters, digits, `.`, `_` and `-`, not beginning with a `.` or `-`. It is a folder's name, too.
@@ -242,6 +242,26 @@ impl FromStr for OnCrash {
                 "{text:?} is nothing to do on a crash: say report or exit"
             )),
         }
+    }
+}
+
+/// As they are read.
+impl Serialize for Restart {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Restart::Careful => "careful",
+            Restart::Always => "always",
+            Restart::OrEnd => "or-end",
+        })
+    }
+}
+
+impl Serialize for OnCrash {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            OnCrash::Report => "report",
+            OnCrash::Exit => "exit",
+        })
     }
 }
 

@@ -97,6 +97,20 @@ impl Held {
         }
     }
 
+    /// What an earlier supervisor has opened.
+    pub fn adopt(backend: &Backend, fd: OwnedFd) -> Self {
+        match backend {
+            Backend::File { path, read_only } => Held::File {
+                path: path.clone(),
+                handle: fd,
+                read_only: *read_only,
+            },
+            Backend::Memory { .. } => Held::Memory(fd),
+            Backend::Tap { .. } | Backend::TapFd(_) => Held::Tap(fd),
+            Backend::Passt => Held::Passt(fd),
+        }
+    }
+
     /// What is held.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         match self {

@@ -175,6 +175,11 @@ impl Listener {
         Ok(Listener { fd })
     }
 
+    /// One that an earlier supervisor has made.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        Listener { fd }
+    }
+
     /// A client that waits, if there is one.
     pub fn accept(&self) -> io::Result<Option<Socket>> {
         accept(self.as_fd())

@@ -11,12 +11,12 @@
 //! over.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
@@ -94,6 +94,18 @@ impl Folder {
         bail!("cannot take {}: it is removed again and again", path.display())
     }
 
+    /// Takes over the folder of a supervisor that was killed, with what it had locked.
+    pub fn adopt(path: PathBuf, lock: OwnedFd) -> Result<Self> {
+        // Locked already, and by this very description: that succeeds.
+        let lock = Flock::lock(File::from(lock), FlockArg::LockExclusiveNonblock);
+        let mut lock =
+            lock.map_err(|(_, errno)| anyhow!("cannot lock {}: {}", path.display(), errno.desc()))?;
+        lock.set_len(0)?;
+        lock.rewind()?;
+        writeln!(lock, "{}", std::process::id())?;
+        Ok(Folder { path, lock })
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -114,7 +126,7 @@ impl Drop for Folder {
 fn in_use(name: &Name, path: &Path) -> Result<String> {
     if keeper::is_orphaned(path)? {
         return Ok(format!(
-            "a VM named {name} runs on without its supervisor; give this one another --name"
+            "a VM named {name} runs without a supervisor: `bulkhead adopt {name}` takes it over; or give this one another --name"
         ));
     }
     Ok(match fs::read_to_string(path.join("lock")) {

@@ -24,6 +24,8 @@ pub struct Input {
     waiting: Vec<u8>,
     filter: EscapeFilter,
     terminal: Option<RawTerminal>,
+    /// Instead of `pipe`, if there is nothing to type on: the guest's end is not to be told that nothing will ever come.
+    idle: Option<OwnedFd>,
 }
 
 impl Input {
@@ -34,6 +36,7 @@ impl Input {
             waiting: Vec::new(),
             filter: EscapeFilter::default(),
             terminal: None,
+            idle: None,
         };
         if *console != Console::Stdio {
             return Ok((input, File::open("/dev/null")?.into()));
@@ -42,6 +45,20 @@ impl Input {
         fcntl(&writing, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         input.pipe = Some(writing);
         Ok((input, reading))
+    }
+
+    /// With the pipe of an earlier supervisor. What is typed goes to the guest if standard input is the terminal to which
+    /// the guest writes; what is typed on another one would be echoed there.
+    pub fn adopt(pipe: Option<OwnedFd>, terminal: Option<u64>) -> Self {
+        let attach = terminal.is_some() && terminal_of(stdin()) == terminal;
+        let (pipe, idle) = if attach { (pipe, None) } else { (None, pipe) };
+        Input {
+            pipe,
+            waiting: Vec::new(),
+            filter: EscapeFilter::default(),
+            terminal: None,
+            idle,
+        }
     }
 
     /// Makes the terminal raw, if standard input is one and is the guest's.
@@ -73,7 +90,7 @@ impl Input {
 
     /// The end of the pipe that is ours.
     pub fn pipe(&self) -> Option<BorrowedFd<'_>> {
-        self.pipe.as_ref().map(AsFd::as_fd)
+        self.pipe.as_ref().or(self.idle.as_ref()).map(AsFd::as_fd)
     }
 
     /// Standard input, if more of it can be taken.
@@ -132,6 +149,15 @@ impl Input {
             }
         }
     }
+}
+
+/// The device number of a terminal.
+pub fn terminal_of(fd: BorrowedFd<'_>) -> Option<u64> {
+    let is_terminal = nix::unistd::isatty(fd).unwrap_or(false);
+    let stat = is_terminal
+        .then(|| nix::sys::stat::fstat(fd))
+        .and_then(Result::ok)?;
+    Some(stat.st_rdev)
 }
 
 fn stdin() -> BorrowedFd<'static> {

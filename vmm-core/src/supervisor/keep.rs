@@ -2,15 +2,15 @@
 //! What the keeper gets, and what follows its death. The one place that lists what a supervisor holds: at the end of
 //! each turn the keeper is told what has changed.
 
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::keeper::mirror::Keeper;
-use super::keeper::{FromKeeper, LISTENER, STATE};
+use super::keeper::{FromKeeper, LISTENER};
 use super::process::Process;
 use super::report::say;
 use super::room::{RoomState, Server};
+use super::saved::Texts;
 use super::timers::Timer;
 use super::{Part, Phase, Supervisor, policy, report};
 
@@ -34,12 +34,11 @@ impl Supervisor {
     }
 
     /// What a new supervisor would have to know.
-    fn states(&self) -> BTreeMap<String, Vec<u8>> {
-        let mut states = BTreeMap::new();
-        if matches!(self.phase, Phase::Running) {
-            states.insert(STATE.to_owned(), vec![1]);
+    fn texts(&self, keeper: &Process) -> Texts {
+        match self.phase {
+            Phase::Running => self.save(keeper),
+            _ => Texts::new(),
         }
-        states
     }
 
     /// Tells the keeper what has changed.
@@ -47,7 +46,8 @@ impl Supervisor {
         let Some(mut keeper) = self.keeper.take() else {
             return;
         };
-        if let Err(error) = keeper.tell(&self.belongings(), &self.states()) {
+        let texts = self.texts(&keeper.process);
+        if let Err(error) = keeper.tell(&self.belongings(), &texts) {
             // Its end follows.
             say(&format!("the keeper is killed: {error}"));
             keeper.process.kill();

@@ -15,7 +15,27 @@ use crate::spec::OnCrash;
 impl Supervisor {
     /// Sends; a vCPU process that does not take messages is killed, which ends the VM.
     pub(super) fn send_to_vcpu(&mut self, message: &SupervisorToVcpu, fds: &[BorrowedFd<'_>]) {
-        if let Err(error) = tell_vcpu(&mut self.vcpu, message, fds)
+        let attached = match message {
+            SupervisorToVcpu::ServerAttached { device, generation } => Some((*device, *generation)),
+            _ => None,
+        };
+        if attached.is_some() {
+            // A supervisor that is killed after this has told its keeper that there may be a server of that generation.
+            self.tell_keeper();
+        }
+        let told = tell_vcpu(&mut self.vcpu, message, fds);
+        let is_taken = self
+            .vcpu
+            .control
+            .as_ref()
+            .is_some_and(|control| !control.has_queued());
+        if let Some((device, generation)) = attached
+            && is_taken
+            && let Some(room) = self.rooms.iter_mut().find(|room| room.plan.device == device)
+        {
+            room.introduced(generation);
+        }
+        if let Err(error) = told
             && self.vcpu_said.is_none()
         {
             self.vcpu_failed.get_or_insert(format!("{error:#}"));

@@ -34,13 +34,15 @@
 //! | `machine.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, the servers and a person say |
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
-//! | `keeper/`, `keep.rs` | the process that holds what the supervisor holds, and what that is |
+//! | `keeper/`, `keep.rs`, `saved.rs` | the process that holds what the supervisor holds, and what that is |
+//! | `adopt.rs` | becoming the supervisor of a VM that has lost its own |
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
 //! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
 //! | `liveness.rs` | servers that hang |
 //! | `crash_report.rs` | what is known of a process that died |
 //! | `report.rs` | sentences and exit status |
 
+pub mod adopt;
 pub mod backend;
 pub mod chronicle;
 mod clock;
@@ -63,6 +65,7 @@ pub mod policy;
 pub mod process;
 pub mod report;
 mod room;
+mod saved;
 mod servers;
 mod standby;
 mod successor;
@@ -113,10 +116,14 @@ pub struct Options {
 
 /// Runs a VM to its end.
 pub fn run(spec: &VmSpec, options: &Options) -> Outcome {
-    let mut supervisor = match Supervisor::start(spec, options) {
+    let supervisor = match Supervisor::start(spec, options) {
         Ok(supervisor) => supervisor,
         Err(error) => return Outcome::Setup(format!("{error:#}")),
     };
+    supervise(supervisor)
+}
+
+fn supervise(mut supervisor: Supervisor) -> Outcome {
     loop {
         if let Some(outcome) = supervisor.finished() {
             return outcome;
@@ -170,6 +177,8 @@ struct Supervisor {
     /// How long a server may owe an answer; `None`: it is not asked.
     patience: Option<Duration>,
     next_token: u64,
+    /// The terminal that the guest's console is on, by its device number.
+    terminal: Option<u64>,
     /// At it a keeper hears who wants to adopt the VM.
     adopt_listener: Listener,
     /// `None`: it has ended, and a timer runs for the next; or all is over.
@@ -241,6 +250,7 @@ impl Supervisor {
             room.start_passt()?;
             let link = room.start_server(&settings)?;
             tell_vcpu(&mut vcpu, &room.introduction(), &[link.as_fd()])?;
+            room.introduced(room.generation);
         }
         let mut timers = Timers::default();
         timers.set(Instant::now() + START_DEADLINE, Timer::StartOverdue);
@@ -269,6 +279,10 @@ impl Supervisor {
             next_report: 1,
             patience: liveness::patience(spec),
             next_token: 0,
+            terminal: match spec.console {
+                Console::Stdio => input::terminal_of(std::io::stdout().as_fd()),
+                Console::None | Console::File(_) => None,
+            },
             adopt_listener,
             keeper: Some(keeper),
             keeper_history: History::default(),

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use vmbus::ipc::{KernelFormat, VcpuConfig};
 use vmbus::wire::Guid;
 
@@ -38,7 +38,7 @@ pub struct Plan {
 }
 
 /// What a device needs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Room {
     /// The device's number between supervisor and `bulkhead-vcpu`.
     pub device: u32,
@@ -56,14 +56,14 @@ pub struct Room {
 }
 
 /// A program that serves a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Program {
     Block,
     Net,
 }
 
 /// What a server stores to or sends through.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backend {
     File { path: PathBuf, read_only: bool },
     Memory { bytes: u64 },

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use serde::{Deserialize, Serialize};
+
 use crate::spec::Restart;
 
 /// A server that ran so long has been calm: what happened before is forgotten for the pause.
@@ -22,7 +24,7 @@ const LOOP_WINDOW_MS: u64 = 60_000;
 const _: () = assert!(LOOP_DEATHS > PAUSES_MS.len());
 
 /// What is remembered of a room's servers. Times are in milliseconds of any clock that does not go back.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct History {
     restart: Restart,
     /// The last deaths, the newest at the back.
@@ -31,7 +33,7 @@ pub struct History {
 }
 
 /// What follows a death.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Decision {
     /// A successor is started after this pause.
     Restart { after_ms: u64 },

@@ -36,6 +36,8 @@ pub struct Process {
     pub started: Instant,
     /// Its flight recorder, if it has one.
     pub recorder: Option<OwnedFd>,
+    /// `bulkhead-vcpu` was given the other end of this server's socket to it, and takes messages.
+    pub introduced: bool,
 }
 
 impl Process {
@@ -64,6 +66,7 @@ impl Process {
             log: LogPipe::new(log),
             started: Instant::now(),
             recorder: None,
+            introduced: false,
         })
     }
 
@@ -75,6 +78,25 @@ impl Process {
             log: LogPipe::new(log),
             started: Instant::now(),
             recorder: None,
+            introduced: false,
+        }
+    }
+
+    /// One that an earlier supervisor has started.
+    pub fn adopt(
+        pid: i32,
+        pidfd: OwnedFd,
+        control: Option<OwnedFd>,
+        log: Option<OwnedFd>,
+        started: Instant,
+    ) -> Self {
+        Process {
+            child: Child::adopt(nix::unistd::Pid::from_raw(pid), pidfd),
+            control: control.map(Socket::new),
+            log: LogPipe::adopt(log),
+            started,
+            recorder: None,
+            introduced: false,
         }
     }
 
@@ -131,8 +153,12 @@ pub struct LogPipe {
 
 impl LogPipe {
     fn new(fd: OwnedFd) -> Self {
+        Self::adopt(Some(fd))
+    }
+
+    fn adopt(fd: Option<OwnedFd>) -> Self {
         LogPipe {
-            fd: Some(fd),
+            fd,
             partial: Vec::new(),
             budget: Budget::new(Instant::now()),
             tail: VecDeque::new(),

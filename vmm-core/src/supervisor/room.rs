@@ -55,9 +55,9 @@ pub struct RoomState {
     pub gone_since: Option<Instant>,
     pub passt: Option<Process>,
     /// `None`: passt has to be started first.
-    held: Option<Held>,
-    journal: OwnedFd,
-    mtu: u16,
+    pub(super) held: Option<Held>,
+    pub(super) journal: OwnedFd,
+    pub(super) mtu: u16,
 }
 
 /// The server of a device.
@@ -155,6 +155,22 @@ impl RoomState {
             .into_iter()
             .chain(backend)
             .collect()
+    }
+
+    /// `bulkhead-vcpu` knows the server of this generation.
+    pub fn introduced(&mut self, generation: u32) {
+        let server = match &mut self.server {
+            Server::Running { process, .. } if self.generation == generation => Some(process),
+            _ => None,
+        };
+        let successor = self.successor.as_mut();
+        let successor = successor.filter(|successor| successor.generation == generation);
+        for process in server
+            .into_iter()
+            .chain(successor.map(|successor| &mut successor.process))
+        {
+            process.introduced = true;
+        }
     }
 
     /// Starts passt, if this room needs one that runs.

@@ -26,7 +26,7 @@ use super::{MESSAGES_PER_TURN, Phase, Supervisor, backend, process, report};
 
 /// Limit: from Stop to Released. The old server waits for its own I/O; a disk that takes longer makes the guest wait
 /// whether the server is killed or not.
-const STOP_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A planned replacement under way.
 #[derive(Debug)]

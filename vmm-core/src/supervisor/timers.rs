@@ -2,7 +2,9 @@
 //! Deadlines as events.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
 
 /// What a deadline is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,7 @@ pub enum Timer {
 #[derive(Debug)]
 pub struct Timers {
     origin: Instant,
+    origin_ms: u64,
     next_number: u64,
     set: BTreeMap<(Instant, u64), Timer>,
 }
@@ -43,6 +46,7 @@ impl Default for Timers {
     fn default() -> Self {
         Timers {
             origin: Instant::now(),
+            origin_ms: monotonic_ms(),
             next_number: 0,
             set: BTreeMap::new(),
         }
@@ -50,6 +54,29 @@ impl Default for Timers {
 }
 
 impl Timers {
+    /// With times that are counted from a moment in the past, of [`Self::origin_ms`] of another process.
+    pub fn since(origin_ms: u64) -> Self {
+        let mut timers = Timers::default();
+        let age = Duration::from_millis(timers.origin_ms.saturating_sub(origin_ms));
+        if let Some(origin) = timers.origin.checked_sub(age) {
+            timers.origin = origin;
+            timers.origin_ms = origin_ms;
+        }
+        timers
+    }
+
+    /// Where [`Self::milliseconds`] begins to count, as a time that all processes share.
+    pub fn origin_ms(&self) -> u64 {
+        self.origin_ms
+    }
+
+    /// The other way round than [`Self::milliseconds`]; a time to come is now.
+    pub fn instant(&self, milliseconds: u64) -> Instant {
+        let now = Instant::now();
+        let at = self.origin.checked_add(Duration::from_millis(milliseconds));
+        at.map_or(now, |at| at.min(now))
+    }
+
     pub fn set(&mut self, at: Instant, timer: Timer) {
         self.next_number = self.next_number.wrapping_add(1);
         self.set.insert((at, self.next_number), timer);
@@ -78,10 +105,15 @@ impl Timers {
     }
 }
 
+/// CLOCK_MONOTONIC, which is what [`Instant`] is, in milliseconds.
+fn monotonic_ms() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn timers_come_in_order_and_once() {

@@ -86,7 +86,7 @@ pub struct Place {
 
 /// A supervisor that runs.
 pub struct Running {
-    child: Child,
+    pub child: Child,
 }
 
 /// A supervisor that ended.

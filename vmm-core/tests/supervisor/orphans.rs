@@ -2,6 +2,7 @@
 //! Supervisors that are killed, and keepers.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Command, Stdio};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -23,6 +24,22 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a_keeper_that_dies_is_followed_by_one_that_holds_as_much",
         a_keeper_that_dies_is_followed_by_one_that_holds_as_much,
+    ),
+    (
+        "an_adopted_vm_goes_on_and_its_servers_get_successors",
+        an_adopted_vm_goes_on_and_its_servers_get_successors,
+    ),
+    (
+        "a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption",
+        a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption,
+    ),
+    (
+        "adopters_follow_each_other_and_a_service_manager_needs_one_command",
+        adopters_follow_each_other_and_a_service_manager_needs_one_command,
+    ),
+    (
+        "what_cannot_be_adopted_is_refused_with_a_sentence",
+        what_cannot_be_adopted_is_refused_with_a_sentence,
     ),
     (
         "a_vm_that_has_not_begun_to_run_ends_with_its_supervisor",
@@ -76,9 +93,11 @@ fn named<'a>(others: &'a [Other], name: &str) -> &'a Other {
     others.iter().find(|other| other.name == name).expect("there")
 }
 
-/// A VM with a disk that runs until somebody ends it.
+/// A VM with a disk that runs until somebody ends it. (Its console is not the test's: that would end with the supervisor.)
+const FLAGS: [&str; 6] = ["--cmdline", "watch", "--disk", "memory=1M", "--console", "none"];
+
 fn started(place: &Place) -> Running {
-    let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
+    let running = place.start(&FLAGS);
     place.wait_until_it_runs();
     running
 }
@@ -105,10 +124,10 @@ fn a_vm_outlives_its_supervisor_and_ends_with_its_vcpu_process() {
     for other in &others {
         assert!(!other.has_ended(PollTimeout::ZERO), "{} has ended", other.name);
     }
-    place
-        .start(&["--cmdline", "poweroff"])
-        .wait()
-        .expect(1, "bulkhead: a VM named vm runs on without its supervisor");
+    place.start(&["--cmdline", "poweroff"]).wait().expect(
+        1,
+        "bulkhead: a VM named vm runs without a supervisor: `bulkhead adopt vm` takes it over",
+    );
     named(&others, "vcpu").kill();
     others.iter().for_each(Other::wait);
     the_name_is_free(&place);
@@ -147,6 +166,128 @@ fn a_keeper_that_dies_is_followed_by_one_that_holds_as_much() {
     }
     named(&second, "vcpu").kill();
     second.iter().for_each(Other::wait);
+}
+
+fn adopt(place: &Place, name: &str) -> Running {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+    command
+        .args(["adopt", name, "--run-folder"])
+        .arg(place.path("run"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    Running {
+        child: command.spawn().expect("started"),
+    }
+}
+
+/// The process that serves the disk, once it is another one.
+fn next_server(place: &Place, before: &Other) -> i32 {
+    until(|| {
+        let now = place.wait_until_it_runs();
+        let server = now.iter().find(|(name, _)| name == "disk0");
+        server
+            .map(|(_, number)| *number)
+            .filter(|number| *number != before.number)
+    })
+}
+
+/// Ends the VM by way of its present supervisor; what that said.
+fn stopped(place: &Place, running: Running, others: &[Other]) -> String {
+    assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
+    let ended = running.wait();
+    ended.expect(0, "");
+    others.iter().for_each(Other::wait);
+    assert!(!place.path("run/vm").exists(), "the folder is removed");
+    ended.stderr
+}
+
+fn an_adopted_vm_goes_on_and_its_servers_get_successors() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    running.kill();
+    let adopter = adopt(&place, "vm");
+    place.wait_until_it_runs();
+    assert!(!folder_is_orphaned(&place));
+    let now = processes(&place);
+    let numbers = |others: &[Other]| others.iter().map(|other| other.number).collect::<Vec<_>>();
+    assert_eq!(numbers(&now), numbers(&others));
+    named(&others, "disk0").kill();
+    let second = next_server(&place, named(&others, "disk0"));
+    // One that this supervisor has started itself.
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(second),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .expect("killed");
+    until(|| {
+        let now = place.wait_until_it_runs();
+        let server = now.iter().find(|(name, _)| name == "disk0");
+        server.filter(|(_, number)| *number != second).map(|_| ())
+    });
+    let said = stopped(&place, adopter, &others);
+    for part in [
+        " is the supervisor of vm now\n",
+        "disk0 (server 1) ended (how is not known: an earlier supervisor had started it)",
+        "disk0 (server 2) killed by SIGKILL",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+}
+
+fn a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    running.kill();
+    named(&others, "disk0").kill();
+    named(&others, "disk0").wait();
+    let adopter = adopt(&place, "vm");
+    next_server(&place, named(&others, "disk0"));
+    stopped(&place, adopter, &others);
+}
+
+fn adopters_follow_each_other_and_a_service_manager_needs_one_command() {
+    let place = Place::new();
+    let args = [&FLAGS[..], &["--adopt"]].concat();
+    let running = place.start(&args);
+    place.wait_until_it_runs();
+    let others = processes(&place);
+    running.kill();
+    let adopter = adopt(&place, "vm");
+    place.wait_until_it_runs();
+    adopter.kill();
+    let third = place.start(&args);
+    place.wait_until_it_runs();
+    for other in &others {
+        assert!(!other.has_ended(PollTimeout::ZERO), "{} has ended", other.name);
+    }
+    named(&others, "keeper").kill();
+    named(&others, "keeper").wait();
+    until(|| {
+        let keeper = processes(&place).into_iter().find(|other| other.name == "keeper");
+        keeper.filter(|keeper| keeper.number != named(&others, "keeper").number)
+    });
+    let said = stopped(&place, third, &others);
+    assert!(said.contains("the keeper ended"), "{said}");
+}
+
+fn what_cannot_be_adopted_is_refused_with_a_sentence() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    adopt(&place, "vm").wait().expect(
+        1,
+        &format!(
+            "bulkhead: the VM vm has a supervisor (process {}): there is nothing to adopt\n",
+            running.child.id()
+        ),
+    );
+    adopt(&place, "other")
+        .wait()
+        .expect(1, "bulkhead: no VM named other runs for this user");
+    stopped(&place, running, &others);
 }
 
 fn a_vm_that_has_not_begun_to_run_ends_with_its_supervisor() {

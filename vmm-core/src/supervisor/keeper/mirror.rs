@@ -2,7 +2,7 @@
 //! The supervisor's side: what the keeper knows, and telling it what has changed.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -44,6 +44,20 @@ impl Keeper {
         })
     }
 
+    /// One that has given what it has.
+    pub fn adopt(
+        process: Process,
+        kept: BTreeMap<String, RawFd>,
+        written: BTreeMap<String, Vec<u8>>,
+    ) -> Self {
+        Keeper {
+            process,
+            ready: true,
+            kept,
+            written,
+        }
+    }
+
     /// Its next word; at the end of the socket none, and none any more.
     pub fn receive(&mut self) -> Result<Option<FromKeeper>, PeerFault> {
         let Some(socket) = &mut self.process.control else {
@@ -69,9 +83,16 @@ impl Keeper {
         held: &[(String, BorrowedFd<'_>)],
         states: &BTreeMap<String, Vec<u8>>,
     ) -> Result<(), SendError> {
-        let Some(socket) = &mut self.process.control else {
+        let Process {
+            child, control, log, ..
+        } = &mut self.process;
+        let Some(socket) = control else {
             return Ok(());
         };
+        // Of itself it keeps what the next supervisor will need of it.
+        let mut held = held.to_owned();
+        held.push(("keeper.end".to_owned(), child.as_fd()));
+        held.extend(log.fd.as_ref().map(|log| ("keeper.log".to_owned(), log.as_fd())));
         let new: Vec<(String, BorrowedFd<'_>)> = held
             .iter()
             .filter(|(name, fd)| self.kept.get(name) != Some(&fd.as_raw_fd()))

@@ -36,7 +36,7 @@
 pub mod holder;
 pub mod mirror;
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -154,20 +154,20 @@ pub fn is_orphaned(folder: &Path) -> Result<bool> {
     let Some(mut socket) = connect_to(&folder.join(LISTENER))? else {
         return Ok(false);
     };
-    match receive(&mut socket) {
-        Ok(FromKeeper::Orphaned) => Ok(true),
+    match receive_kept(&mut socket) {
+        Ok((FromKeeper::Orphaned, _)) => Ok(true),
         // One that goes away just now keeps nothing any more.
         Ok(_) | Err(PeerFault::Eof) => Ok(false),
         Err(fault) => bail!("the keeper at {} does not answer: {fault}", folder.display()),
     }
 }
 
-/// The keeper's next word that has no descriptors.
-fn receive(socket: &mut Socket) -> Result<FromKeeper, PeerFault> {
+/// The keeper's next word, and what came with it.
+pub fn receive_kept(socket: &mut Socket) -> Result<(FromKeeper, Vec<OwnedFd>), PeerFault> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if let Some((message, _)) = socket.recv::<FromKeeper>()? {
-            return Ok(message);
+        if let Some(received) = socket.recv::<FromKeeper>()? {
+            return Ok(received);
         }
         wait_readable(socket, deadline)?;
     }

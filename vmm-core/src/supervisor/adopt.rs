@@ -1,0 +1,343 @@
+#![forbid(unsafe_code)]
+//! Becoming the supervisor of a VM that has lost its own.
+//!
+//! The keeper gives everything; what was under way when the old supervisor was killed is taken up from what it had told
+//! its keeper last, which is never behind by more than one step. Steps are repeated rather than left out: `bulkhead-vcpu`
+//! takes no harm from hearing twice that a server is gone, and a server of which it may not have heard is killed.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use vmbus::ipc::{PeerFault, Socket, SupervisorToVcpu};
+
+use super::backend::Held;
+use super::chronicle::{Chronicle, Event};
+use super::control::{Listener, connect_to};
+use super::folder::Folder;
+use super::input::Input;
+use super::keeper::mirror::Keeper;
+use super::keeper::{FromKeeper, LISTENER, ToKeeper, receive_kept};
+use super::policy::History;
+use super::process::Process;
+use super::report::{Outcome, say};
+use super::room::{RoomState, Server, ServerSettings};
+use super::saved::{self, SavedProcess, SavedRoom, SavedServer, Texts};
+use super::standby::StandbyEnds;
+use super::successor::{LEAVE_DEADLINE, Leaving, Successor};
+use super::swap::STOP_DEADLINE;
+use super::timers::{Timer, Timers};
+use super::{Phase, START_DEADLINE, Supervisor, supervise, take_signals};
+use crate::spec::Name;
+
+/// Adopts the VM of that name below `base`, and runs it to its end.
+pub fn adopt(name: &Name, base: &Path) -> Outcome {
+    match Supervisor::adopt(name, base) {
+        Ok(supervisor) => supervise(supervisor),
+        Err(error) => Outcome::Setup(format!("{error:#}")),
+    }
+}
+
+/// What a keeper has given.
+struct Given {
+    socket: Socket,
+    kept: BTreeMap<String, OwnedFd>,
+    texts: Texts,
+}
+
+impl Given {
+    /// Asks the keeper of a VM.
+    fn ask(name: &Name, base: &Path) -> Result<Self> {
+        let path = base.join(name.as_str());
+        let Some(mut socket) = connect_to(&path.join(LISTENER))? else {
+            bail!("no VM named {name} runs for this user (bulkhead list shows which do)");
+        };
+        let mut given = (BTreeMap::new(), Texts::new());
+        loop {
+            match receive_kept(&mut socket) {
+                Ok((FromKeeper::Orphaned, _)) => socket.send(&ToKeeper::Adopt, &[])?,
+                Ok((FromKeeper::Keep { names }, fds)) => given.0.extend(names.into_iter().zip(fds)),
+                Ok((FromKeeper::Write { name, bytes }, _)) => {
+                    given.1.insert(name, bytes);
+                }
+                Ok((FromKeeper::All, _)) => break,
+                Ok((FromKeeper::Supervised, _)) => {
+                    let process = std::fs::read_to_string(path.join("lock")).unwrap_or_default();
+                    bail!(
+                        "the VM {name} has a supervisor (process {}): there is nothing to adopt",
+                        super::process::printable(process.trim())
+                    );
+                }
+                Ok((FromKeeper::Ready { .. }, _)) => bail!("the keeper of {name} is out of turn"),
+                Err(PeerFault::Eof) => bail!("the VM {name} has just ended"),
+                Err(fault) => bail!("the keeper of {name} does not answer: {fault}"),
+            }
+        }
+        let (kept, texts) = given;
+        Ok(Given { socket, kept, texts })
+    }
+
+    fn take(&mut self, name: &str) -> Result<OwnedFd> {
+        let found = self.kept.remove(name);
+        found.with_context(|| format!("the keeper has no descriptor named {name}"))
+    }
+
+    /// A process, whose pidfd must be there. (Its handle kills it when it is dropped: nothing that follows may fail.)
+    fn process(&mut self, name: &str, saved: SavedProcess, timers: &Timers) -> Result<Process> {
+        let mut part = |part: &str| self.kept.remove(&format!("{name}.{part}"));
+        let end = part("end").with_context(|| format!("the keeper has no pidfd of {name}"))?;
+        let (control, log, recorder) = (part("control"), part("log"), part("recorder"));
+        let started = timers.instant(saved.started_ms);
+        let mut process = Process::adopt(saved.pid, end, control, log, started);
+        process.recorder = recorder;
+        process.introduced = saved.introduced;
+        Ok(process)
+    }
+
+    /// Whether all is there without which nothing can be made.
+    fn check(&self, rooms: &[SavedRoom]) -> Result<()> {
+        let mut names: Vec<String> = ["folder.lock", "control", LISTENER, "vcpu.end", "keeper.end"]
+            .map(str::to_owned)
+            .into();
+        for room in rooms {
+            let name = &room.plan.name;
+            names.push(format!("{name}.journal"));
+            if let SavedServer::Running { .. } = room.server {
+                names.push(format!("{name}.{}.end", room.generation));
+            }
+            let successor = room.successor.iter().map(|successor| successor.generation);
+            let others = successor.chain(room.leaving.iter().map(|(generation, _)| *generation));
+            names.extend(others.map(|generation| format!("{name}.{generation}.end")));
+            names.extend(
+                room.passt
+                    .iter()
+                    .map(|passt| format!("{name}.passt.{}.end", passt.pid)),
+            );
+        }
+        match names.iter().find(|name| !self.kept.contains_key(*name)) {
+            Some(name) => bail!("the keeper has no descriptor named {name}"),
+            None => Ok(()),
+        }
+    }
+
+    fn room(&mut self, saved: SavedRoom, timers: &Timers) -> Result<RoomState> {
+        let name = saved.plan.name.clone();
+        let server = match saved.server {
+            SavedServer::Running { process, ready } => Server::Running {
+                process: self.process(&format!("{name}.{}", saved.generation), process, timers)?,
+                ready,
+                blame: None,
+            },
+            SavedServer::Fencing {
+                started_ms,
+                planned,
+                decision,
+            } => Server::Fencing {
+                decision,
+                started: timers.instant(started_ms),
+                since: Instant::now(),
+                planned,
+            },
+            SavedServer::Pausing => Server::Pausing,
+            SavedServer::Held => Server::Held,
+        };
+        let successor = match saved.successor {
+            None => None,
+            Some(successor) => Some(Successor {
+                process: self.process(
+                    &format!("{name}.{}", successor.generation),
+                    successor.process,
+                    timers,
+                )?,
+                generation: successor.generation,
+                ready: successor.ready,
+                warm: successor.warm,
+                is_restart: successor.is_restart,
+                blame: None,
+            }),
+        };
+        let mut leaving = Vec::new();
+        for (generation, process) in saved.leaving {
+            let process = self.process(&format!("{name}.{generation}"), process, timers)?;
+            leaving.push(Leaving { process, generation });
+        }
+        let passt = match saved.passt {
+            None => None,
+            Some(passt) => Some(self.process(&format!("{name}.passt.{}", passt.pid), passt, timers)?),
+        };
+        let backend = self.kept.remove(&format!("{name}.backend"));
+        Ok(RoomState {
+            held: backend.map(|fd| Held::adopt(&saved.plan.backend, fd)),
+            journal: self.take(&format!("{name}.journal"))?,
+            plan: saved.plan,
+            program: saved.program,
+            server,
+            generation: saved.generation,
+            told_to_stop: saved.told_to_stop.then(Instant::now),
+            successor,
+            leaving,
+            swap: None,
+            standby_ends: StandbyEnds::default(),
+            newest: saved.newest,
+            history: saved.history,
+            deaths: saved.deaths,
+            probe: None,
+            gone_since: saved.gone_since_ms.map(|since| timers.instant(since)),
+            passt,
+            mtu: saved.mtu,
+        })
+    }
+}
+
+impl Supervisor {
+    fn adopt(name: &Name, base: &Path) -> Result<Self> {
+        let signals = take_signals().context("cannot take signals")?;
+        let mut given = Given::ask(name, base)?;
+        let (vm, saved_rooms) =
+            saved::load(&given.texts).with_context(|| format!("the VM {name} cannot be adopted"))?;
+        given.check(&saved_rooms)?;
+        let (kept, written) = (
+            given.kept.iter().map(|(name, fd)| (name.clone(), fd.as_raw_fd())),
+            given.texts.clone(),
+        );
+        let kept = kept.collect();
+        let timers = Timers::since(vm.origin_ms);
+        let folder = Folder::adopt(base.join(name.as_str()), given.take("folder.lock")?)?;
+        let listener = Listener::adopt(given.take("control")?);
+        let adopt_listener = Listener::adopt(given.take(LISTENER)?);
+        let input = Input::adopt(given.kept.remove("console"), vm.terminal);
+        // From here on nothing fails: all that is needed is there, and a handle that is dropped kills its process.
+        let mut keeper = given.process("keeper", vm.keeper, &timers)?;
+        let vcpu = given.process("vcpu", vm.vcpu, &timers)?;
+        let mut rooms = Vec::new();
+        for room in saved_rooms {
+            rooms.push(given.room(room, &timers)?);
+        }
+        keeper.control = Some(given.socket);
+        let mut supervisor = Supervisor {
+            phase: Phase::Running,
+            name: name.to_string(),
+            on_crash: vm.on_crash,
+            on_reset: vm.on_reset,
+            settings: ServerSettings {
+                programs: vm.programs,
+                log: vm.log,
+                require_full_sandbox: vm.require_full_sandbox,
+            },
+            crashed: vm.crashed,
+            vcpu_said: None,
+            vcpu_failed: None,
+            vcpu,
+            rooms,
+            input,
+            signals,
+            listener,
+            clients: Vec::new(),
+            inspection: None,
+            timers,
+            chronicle: Chronicle::open(folder.path()),
+            reports: Vec::new(),
+            next_report: vm.next_report,
+            patience: vm.patience_ms.map(Duration::from_millis),
+            next_token: 0,
+            terminal: vm.terminal,
+            adopt_listener,
+            keeper: Some(Keeper::adopt(keeper, kept, written)),
+            keeper_history: History::default(),
+            folder,
+        };
+        supervisor.take_up();
+        Ok(supervisor)
+    }
+
+    /// Goes on with what was under way.
+    fn take_up(&mut self) {
+        say(&format!(
+            "process {} is the supervisor of {} now",
+            std::process::id(),
+            self.name
+        ));
+        if let Err(error) = self.input.make_raw() {
+            say(&format!("cannot set up the terminal: {error}"));
+        }
+        self.note(Event::Adopted {
+            supervisor: std::process::id(),
+        });
+        for index in 0..self.rooms.len() {
+            self.take_up_server(index);
+            self.take_up_others(index);
+            self.want_standby(index);
+        }
+        self.begin_probing();
+    }
+
+    fn take_up_server(&mut self, index: usize) {
+        let now = Instant::now();
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        let (device, generation) = (room.plan.device, room.generation);
+        let gone = SupervisorToVcpu::ServerGone { device, generation };
+        match &room.server {
+            Server::Running { process, ready, .. } => {
+                if !process.introduced {
+                    let why = "bulkhead-vcpu may not know it: its supervisor was killed when it started it";
+                    return self.kill_server(index, generation, why);
+                }
+                if !ready {
+                    let room = index;
+                    let overdue = Timer::ReadyOverdue { room, generation };
+                    self.timers.set(now + START_DEADLINE, overdue);
+                }
+                if room.told_to_stop.is_some() {
+                    let room = index;
+                    let overdue = Timer::StopOverdue { room, generation };
+                    self.timers.set(now + STOP_DEADLINE, overdue);
+                }
+            }
+            Server::Fencing { .. } => self.timers.set(now, Timer::Fence { room: index }),
+            Server::Pausing => {
+                // It may have waited long enough already; one that waits again gets no shorter pause by that.
+                self.timers.set(now, Timer::Restart { room: index });
+                self.send_to_vcpu(&gone, &[]);
+            }
+            Server::Held => self.send_to_vcpu(&gone, &[]),
+        }
+    }
+
+    /// Servers that wait, and those that serve no more.
+    fn take_up_others(&mut self, index: usize) {
+        let now = Instant::now();
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
+        for leaving in &room.leaving {
+            let overdue = Timer::LeaveOverdue {
+                room: index,
+                generation: leaving.generation,
+            };
+            self.timers.set(now + LEAVE_DEADLINE, overdue);
+        }
+        let is_last_hope = room.told_to_stop.is_some() || !matches!(room.server, Server::Running { .. });
+        let Some(successor) = &mut room.successor else {
+            return;
+        };
+        if !successor.process.introduced {
+            successor.blame("bulkhead-vcpu may not know it: its supervisor was killed when it started it");
+            successor.process.kill();
+        } else if room.plan.standby || is_last_hope {
+            if !successor.is_prepared() {
+                let overdue = Timer::ReadyOverdue {
+                    room: index,
+                    generation: successor.generation,
+                };
+                self.timers.set(now + START_DEADLINE, overdue);
+            }
+        } else {
+            // Of a swap that had not come far: nobody waits for it any more.
+            self.dismiss_successor(index);
+        }
+    }
+}

@@ -28,6 +28,8 @@ enum Task {
     Bench(bench::BenchArguments),
     /// Kill device servers under load and count what a guest would notice.
     Kill(kill::KillArguments),
+    /// Replace device servers under load and count what a guest would notice.
+    Swap(kill::SwapArguments),
     /// The reading process of the ring benchmark.
     #[command(hide = true)]
     BenchPeer,
@@ -54,7 +56,8 @@ fn main() -> ExitCode {
         Task::Tcb(arguments) => xtask::tcb::main(&arguments),
         Task::Demo(arguments) => guarded(|| demo::main(arguments)),
         Task::Bench(arguments) => guarded(|| bench::main(arguments)),
-        Task::Kill(arguments) => guarded(|| kill::main(arguments)),
+        Task::Kill(arguments) => guarded(|| kill::main(arguments.into())),
+        Task::Swap(arguments) => guarded(|| kill::main(arguments.into())),
         Task::BenchPeer => bench::ring::peer(),
         Task::BenchStorage => bench::storvsp::server(),
         Task::BenchRig { names } => bench::rig::inside(&names),

@@ -4,13 +4,12 @@
 use bulkhead_tests::tier;
 use std::process::Command;
 
-/// Runs `cargo xtask kill`; its last line begins with `begins`, and nothing went wrong.
+/// Runs an xtask that kills or swaps; its last line begins with `begins`, and nothing went wrong.
 fn kills(args: &[&str], begins: &str) {
     let (Some(programs), Some(_)) = (tier::programs(), tier::kvm()) else {
         return;
     };
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
-        .arg("kill")
         .args(args)
         .arg("--programs")
         .arg(&programs)
@@ -29,7 +28,7 @@ fn kills(args: &[&str], begins: &str) {
 #[test]
 fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
     kills(
-        &["--server", "block", "--count", "2000"],
+        &["kill", "--server", "block", "--count", "2000"],
         "kill block kills=2000 lost=0 double=0 wrong=0 ",
     );
 }
@@ -37,18 +36,50 @@ fn no_guest_notices_two_thousand_deaths_of_bulkhead_block() {
 /// The server is built here, unless it is up to date.
 #[test]
 fn no_guest_notices_a_death_of_bulkhead_block_at_any_step_of_its_journal() {
-    kills(&["--server", "block", "--steps"], "kill block kills=");
+    kills(&["kill", "--server", "block", "--steps"], "kill block kills=");
 }
 
 #[test]
 fn no_guest_notices_a_death_of_bulkhead_net_at_any_step_of_its_journal() {
-    kills(&["--server", "net", "--steps"], "kill net kills=");
+    kills(&["kill", "--server", "net", "--steps"], "kill net kills=");
 }
 
 #[test]
 fn no_guest_notices_five_hundred_deaths_of_bulkhead_net() {
     kills(
-        &["--server", "net", "--count", "500"],
+        &["kill", "--server", "net", "--count", "500"],
         "kill net kills=500 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_that_bulkhead_block_is_replaced_two_hundred_times() {
+    kills(
+        &["swap", "--server", "block", "--count", "200"],
+        "swap block swaps=200 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_that_bulkhead_net_is_replaced_two_hundred_times() {
+    kills(
+        &["swap", "--server", "net", "--count", "200"],
+        "swap net swaps=200 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_a_hundred_deaths_of_bulkhead_block_before_a_standby() {
+    kills(
+        &["kill", "--server", "block", "--standby", "--count", "100"],
+        "kill block kills=100 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_a_hundred_deaths_of_bulkhead_net_before_a_standby() {
+    kills(
+        &["kill", "--server", "net", "--standby", "--count", "100"],
+        "kill net kills=100 lost=0 double=0 wrong=0 ",
     );
 }

@@ -72,6 +72,8 @@ pub struct Killer<'a> {
     pub faults: &'a Faults,
     pub timeline: &'a Timeline,
     pub ctrl_c: &'a AtomicBool,
+    /// Kill only while a successor waits.
+    pub standby: bool,
 }
 
 impl Killer<'_> {
@@ -83,15 +85,18 @@ impl Killer<'_> {
             thread::sleep(Duration::from_micros(random.below(most.as_micros() as u64)));
         };
         let mut chooser = Random::new(self.seed, u64::MAX - 1);
-        let (begun, mut told) = (Instant::now(), Instant::now());
+        let mut progress = Progress::new("kills", self.count);
         let mut last_victim = None;
         self.get_over()?;
         for killed in 1..=self.count {
+            if self.standby {
+                self.wait_for_standby(vm)?;
+            }
             last_victim = Some(self.kill_other_than(vm, last_victim)?);
             // Ordering: a flag; what it says needs nothing else to be seen.
             let is_enough = self.ctrl_c.load(Ordering::Relaxed);
             let is_due = killed.is_multiple_of(AUDIT);
-            if !is_enough && !is_due && chooser.below(CHAINED) == 0 {
+            if !is_enough && !is_due && !self.standby && chooser.below(CHAINED) == 0 {
                 pause(RECOVERY);
                 continue;
             }
@@ -105,18 +110,44 @@ impl Killer<'_> {
             if is_due {
                 audit()?;
             }
-            if told.elapsed() > PROGRESS {
-                told = Instant::now();
-                let [lost, double, wrong] = self.faults.counts();
-                eprintln!(
-                    "{killed} of {} kills after {} s, lost={lost} double={double} wrong={wrong}",
-                    self.count,
-                    begun.elapsed().as_secs()
-                );
-            }
+            progress.tell(killed, self.faults);
             pause(LOAD);
         }
         self.get_over()?;
+        Ok(())
+    }
+
+    /// Replaces the server so often; how long nobody served each time, as the supervisor sees it.
+    pub fn swap(&self, vm: &mut Vm, audit: &dyn Fn() -> Result<()>) -> Result<Vec<Duration>> {
+        let mut random = Random::new(self.seed, u64::MAX);
+        let mut progress = Progress::new("swaps", self.count);
+        let mut gaps = Vec::new();
+        for swapped in 1..=self.count {
+            // Ordering: a flag; what it says needs nothing else to be seen.
+            if !self.get_over()? || self.ctrl_c.load(Ordering::Relaxed) {
+                break;
+            }
+            // This is the moment of the swap, not a synchronization.
+            thread::sleep(Duration::from_micros(random.below(LOAD.as_micros() as u64)));
+            self.timeline.replace();
+            gaps.push(vm.swap(self.device)?);
+            if swapped.is_multiple_of(AUDIT) && self.get_over()? {
+                audit()?;
+            }
+            progress.tell(swapped, self.faults);
+        }
+        self.get_over()?;
+        gaps.sort();
+        Ok(gaps)
+    }
+
+    fn wait_for_standby(&self, vm: &mut Vm) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !vm.has_standby(self.device)? {
+            ensure!(Instant::now() < deadline, "{} has no standby", self.device);
+            // Each question costs the supervisor, which has a server to start, some time.
+            thread::sleep(Duration::from_millis(5));
+        }
         Ok(())
     }
 
@@ -154,6 +185,39 @@ impl Killer<'_> {
             );
         }
         Ok(false)
+    }
+}
+
+/// What a person hears of a long run.
+struct Progress {
+    unit: &'static str,
+    count: u64,
+    begun: Instant,
+    told: Instant,
+}
+
+impl Progress {
+    fn new(unit: &'static str, count: u64) -> Self {
+        let begun = Instant::now();
+        Self {
+            unit,
+            count,
+            begun,
+            told: begun,
+        }
+    }
+
+    fn tell(&mut self, done: u64, faults: &Faults) {
+        if self.told.elapsed() > PROGRESS {
+            self.told = Instant::now();
+            let [lost, double, wrong] = faults.counts();
+            eprintln!(
+                "{done} of {} {} after {} s, lost={lost} double={double} wrong={wrong}",
+                self.count,
+                self.unit,
+                self.begun.elapsed().as_secs()
+            );
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `cargo xtask kill`: servers are killed at any moment, and what a guest would notice is counted.
+//! `cargo xtask kill` and `swap`: servers are killed at any moment, or replaced, and what a guest would notice is counted.
 //!
 //! ```text
 //!   harness (this process)                                   real processes
@@ -51,7 +51,8 @@ use crate::release;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use drive::{Killer, catch_ctrl_c};
-use scene::{Plan, Seen, play};
+use scene::{Plan, Scene, Seen, play};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,30 +80,84 @@ pub enum ServerKind {
     Net,
 }
 
-/// `cargo xtask kill`.
+/// What both commands are told.
 #[derive(Debug, Args)]
-pub struct KillArguments {
+struct Arguments {
     /// Which server.
     #[arg(long, value_enum)]
     server: ServerKind,
-    /// How many kills.
+    /// How many kills or swaps.
     #[arg(long, value_name = "N", default_value_t = 200)]
     count: u64,
-    /// What the moments of death and the load are made of [default: the time]
+    /// What the moments and the load are made of [default: the time]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Where the disk's file is made. On a disk, the stall has the time of its flushes in it.
     #[arg(long, value_name = "FOLDER", default_value = "/dev/shm")]
     folder: PathBuf,
-    /// Where the programs are that are killed [default: they are built]
+    /// Where the programs are [default: they are built]
     #[arg(long, value_name = "FOLDER")]
     programs: Option<PathBuf>,
     /// Under a Linux guest in the rig.
     #[arg(long)]
     rig: bool,
+}
+
+/// `cargo xtask kill`.
+#[derive(Debug, Args)]
+pub struct KillArguments {
+    #[command(flatten)]
+    common: Arguments,
     /// Not at random, but at every named step of the journal (vmbus/src/journal/steps.rs), with servers built for that.
     #[arg(long, conflicts_with_all = ["rig", "count"])]
     steps: bool,
+    /// A successor waits whenever a server is killed (`standby = true`).
+    #[arg(long, conflicts_with_all = ["rig", "steps"])]
+    standby: bool,
+}
+
+/// `cargo xtask swap`.
+#[derive(Debug, Args)]
+pub struct SwapArguments {
+    #[command(flatten)]
+    common: Arguments,
+}
+
+/// What is done to servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deed {
+    Kill,
+    KillWithStandby,
+    KillAtSteps,
+    Swap,
+}
+
+/// All of a command.
+#[derive(Debug)]
+pub struct Task {
+    common: Arguments,
+    deed: Deed,
+}
+
+impl From<KillArguments> for Task {
+    fn from(arguments: KillArguments) -> Self {
+        let deed = match (arguments.steps, arguments.standby) {
+            (true, _) => Deed::KillAtSteps,
+            (false, true) => Deed::KillWithStandby,
+            (false, false) => Deed::Kill,
+        };
+        let common = arguments.common;
+        Self { common, deed }
+    }
+}
+
+impl From<SwapArguments> for Task {
+    fn from(arguments: SwapArguments) -> Self {
+        Self {
+            common: arguments.common,
+            deed: Deed::Swap,
+        }
+    }
 }
 
 impl ServerKind {
@@ -137,56 +192,86 @@ impl ServerKind {
     }
 }
 
-impl KillArguments {
+impl Task {
     /// The same as a command line.
-    fn again(&self, programs: &Path) -> Vec<std::ffi::OsString> {
-        let mut args: Vec<std::ffi::OsString> =
-            vec!["kill".into(), "--server".into(), self.server.name().into()];
-        if !self.steps {
-            args.extend(["--count".into(), self.count.to_string().into()]);
+    fn again(&self, programs: &Path) -> Vec<OsString> {
+        let Arguments {
+            server,
+            count,
+            seed,
+            folder,
+            rig,
+            ..
+        } = &self.common;
+        let (command, flag) = match self.deed {
+            Deed::Kill => ("kill", None),
+            Deed::KillWithStandby => ("kill", Some("--standby")),
+            Deed::KillAtSteps => ("kill", Some("--steps")),
+            Deed::Swap => ("swap", None),
+        };
+        let mut args: Vec<OsString> = vec![command.into(), "--server".into(), server.name().into()];
+        args.extend(flag.map(OsString::from));
+        if self.deed != Deed::KillAtSteps {
+            args.extend(["--count".into(), count.to_string().into()]);
         }
-        if let Some(seed) = self.seed {
+        if let Some(seed) = seed {
             args.extend(["--seed".into(), seed.to_string().into()]);
         }
-        args.extend(["--folder".into(), self.folder.clone().into()]);
+        args.extend(["--folder".into(), folder.into()]);
         args.extend(["--programs".into(), programs.into()]);
-        if self.rig {
-            args.push("--rig".into());
-        }
-        if self.steps {
-            args.push("--steps".into());
-        }
+        args.extend(rig.then(|| "--rig".into()));
         args
     }
 }
 
-/// Runs the kills.
-pub fn main(arguments: KillArguments) -> Result<ExitCode> {
-    let Some(programs) = &arguments.programs else {
+/// Runs the kills or swaps.
+pub fn main(task: Task) -> Result<ExitCode> {
+    let Arguments {
+        server,
+        count,
+        seed,
+        folder,
+        programs,
+        rig,
+    } = &task.common;
+    let Some(programs) = programs else {
         let programs = release::build_all()?;
-        return release::run_xtask(&programs, arguments.again(&programs));
+        return release::run_xtask(&programs, task.again(&programs));
     };
-    let seed = arguments.seed.unwrap_or_else(|| {
+    let seed = seed.unwrap_or_else(|| {
         let now = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
         now.as_millis() as u64 % 1_000_000_000
     });
-    if arguments.rig {
-        return rig::main(rig::Act::Kill, arguments.server, arguments.count, seed, programs);
+    if *rig {
+        let act = match task.deed {
+            Deed::Swap => rig::Act::Swap,
+            Deed::Kill | Deed::KillWithStandby | Deed::KillAtSteps => rig::Act::Kill,
+        };
+        return rig::main(act, *server, *count, seed, programs);
     }
     let ctrl_c = catch_ctrl_c()?;
     let mut plan = Plan {
         programs,
         server: None,
-        kind: arguments.server,
-        folder: &arguments.folder,
+        kind: *server,
+        standby: task.deed == Deed::KillWithStandby,
+        folder,
         seed,
     };
-    let seen = if arguments.steps {
-        let server = release::build_dying(arguments.server.package())?;
-        plan.server = Some(&server);
-        steps::run(&plan, &ctrl_c)?
-    } else {
-        kill(&plan, arguments.count, &ctrl_c)?
+    let mut gaps = Vec::new();
+    let seen = match task.deed {
+        Deed::KillAtSteps => {
+            let dying = release::build_dying(server.package())?;
+            plan.server = Some(&dying);
+            steps::run(&plan, &ctrl_c)?
+        }
+        Deed::Kill | Deed::KillWithStandby => under(&plan, *count, &ctrl_c, |killer, scene| {
+            killer.run(scene.vm, scene.audit)
+        })?,
+        Deed::Swap => under(&plan, *count, &ctrl_c, |killer, scene| {
+            gaps = killer.swap(scene.vm, scene.audit)?;
+            Ok(())
+        })?,
     };
     let Seen {
         faults,
@@ -194,12 +279,20 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
         notes,
     } = seen;
     print_stalls(&stalls);
+    if !gaps.is_empty() {
+        println!("gap: nobody served, as the supervisor saw it ({})", gaps.len());
+        histogram(&gaps).iter().for_each(|line| println!("{line}"));
+    }
     notes
         .iter()
         .filter(|note| !note.is_empty())
         .for_each(|note| println!("{note}"));
-    let what = format!("kill {}", arguments.server.name());
-    println!("{}", line(&what, "kills", &faults, &stalls, seed));
+    let (what, unit) = match task.deed {
+        Deed::Swap => ("swap", "swaps"),
+        Deed::Kill | Deed::KillWithStandby | Deed::KillAtSteps => ("kill", "kills"),
+    };
+    let what = format!("{what} {}", server.name());
+    println!("{}", line(&what, unit, &faults, &stalls, seed));
     // Ordering: a flag; what it says needs nothing else to be seen.
     let is_whole = !ctrl_c.load(Ordering::Relaxed);
     Ok(if faults == [0; 3] && is_whole {
@@ -209,7 +302,13 @@ pub fn main(arguments: KillArguments) -> Result<ExitCode> {
     })
 }
 
-fn kill(plan: &Plan<'_>, count: u64, ctrl_c: &AtomicBool) -> Result<Seen> {
+/// A VM under load, and what is done to its servers.
+fn under(
+    plan: &Plan<'_>,
+    count: u64,
+    ctrl_c: &AtomicBool,
+    deed: impl FnOnce(&Killer<'_>, Scene<'_>) -> Result<()>,
+) -> Result<Seen> {
     play(
         plan,
         |_, _| Ok(()),
@@ -221,8 +320,9 @@ fn kill(plan: &Plan<'_>, count: u64, ctrl_c: &AtomicBool) -> Result<Seen> {
                 faults: scene.faults,
                 timeline: scene.timeline,
                 ctrl_c,
+                standby: plan.standby,
             };
-            killer.run(scene.vm, scene.audit)
+            deed(&killer, scene)
         },
     )
 }
@@ -256,7 +356,7 @@ fn print_stalls(stalls: &Stalls) {
             &stalls.silences,
         ),
         (
-            "stall of deaths that came before the last one was got over, not in the figures below",
+            "stall of deaths before the last one was got over, or while the network did not read; not in the figures below",
             &stalls.chained,
         ),
         ("stall: the longest request under way at a kill", &stalls.stalls),

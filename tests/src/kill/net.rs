@@ -134,10 +134,10 @@ impl<'a> Load<'a> {
             let oldest = self.load.oldest().map_or(Duration::ZERO, |sent| sent.elapsed());
             if oldest > PATIENCE || moved.elapsed() > PATIENCE {
                 let what = self.load.describe();
-                self.faults.count(
-                    Fault::Lost,
-                    format_args!("no completion after {PATIENCE:?}: {what}"),
-                );
+                for _ in 0..self.load.under_way().max(1) {
+                    let what = format_args!("no completion after {PATIENCE:?}: {what}");
+                    self.faults.count(Fault::Lost, what);
+                }
                 return Ok(());
             }
         }
@@ -164,6 +164,9 @@ impl<'a> Load<'a> {
 
     fn report(&mut self) {
         self.pass_on();
+        if self.load.is_deaf() {
+            self.timeline.is_deaf();
+        }
         let lives = self.load.lives.as_mut().map(std::mem::take).unwrap_or_default();
         let lives: Vec<Life> = lives
             .into_iter()

@@ -20,6 +20,8 @@ pub struct Plan<'a> {
     /// The file that runs as the server, if not the one among `programs`.
     pub server: Option<&'a Path>,
     pub kind: ServerKind,
+    /// A successor waits all the time.
+    pub standby: bool,
     /// Where a disk's file is made.
     pub folder: &'a Path,
     pub seed: u64,
@@ -59,6 +61,7 @@ pub fn play(
         ServerKind::Block => (format!("--disk=path={}", image.path().display()), CHANNELS),
         ServerKind::Net => (format!("--net=user,queues={CHANNELS}"), 1),
     };
+    let flag = flag + if plan.standby { ",standby" } else { "" };
     let server = plan.server.map(|server| (plan.kind.program(), server));
     let (mut vm, supervisor) = Vm::start(plan.programs, server, &[format!("--vcpus={CHANNELS}"), flag])?;
     let options = GuestOptions {

@@ -160,6 +160,7 @@ fn killer<'a>(
         faults,
         timeline,
         ctrl_c,
+        standby: false,
     }
 }
 

@@ -8,7 +8,11 @@
 //!   that its successor is started, and when that one said hello; after that it replays.
 //!
 //! A kill that comes before all requests that were under way at the one before are completed is *chained*: its stall
-//! is that of two deaths or more. Chained kills are counted, checked and shown, but not part of the percentiles.
+//! is that of two deaths or more. Chained kills are counted, checked and shown, but not part of the percentiles; nor are
+//! kills while the load's network did not read, as it does now and then.
+//!
+//! A planned replacement counts from the moment at which the old server is gone: what is under way then, whenever it was
+//! sent, has waited for the new one.
 
 #![forbid(unsafe_code)]
 
@@ -41,8 +45,12 @@ pub const PHASES: [&str; 3] = ["gone", "successor started", "successor says hell
 #[derive(Debug, Default)]
 struct State {
     kills: Vec<Kill>,
-    /// Killed, and not known to be gone.
+    /// Killed, or told to go, and not known to be gone.
     dying: usize,
+    /// One is being replaced, and counts from the moment at which it is gone.
+    replacing: bool,
+    /// Until then the load's network did not read, so that what was under way took long for that.
+    deaf_until: Option<Instant>,
     /// Of each channel: when its oldest request under way was sent, and how many are under way.
     oldest: Vec<(Option<Instant>, usize)>,
     completed: u64,
@@ -61,6 +69,22 @@ impl State {
             let from = last.map_or(kill.at, |last| last.max(kill.at));
             kill.silence = kill.silence.max(done.saturating_duration_since(from));
         }
+    }
+
+    fn push_kill(&mut self) {
+        let chained = !self.is_over();
+        if chained && let Some(last) = self.kills.last_mut() {
+            last.chained = true;
+        }
+        let under_way = self.oldest.iter().map(|(_, under_way)| under_way).sum();
+        self.kills.push(Kill {
+            at: Instant::now(),
+            under_way,
+            stall: Duration::ZERO,
+            silence: Duration::ZERO,
+            phases: [None; PHASES.len()],
+            chained,
+        });
     }
 
     fn is_over(&self) -> bool {
@@ -131,7 +155,9 @@ impl Timeline {
             state.note_completion(life.done);
         }
         state.oldest[channel] = (oldest, under_way);
+        let deaf_until = state.deaf_until;
         for life in lives {
+            let was_deaf = deaf_until.is_some_and(|until| until >= life.sent);
             let took = life.done.saturating_duration_since(life.sent);
             let mut saw_one = false;
             for kill in state.kills.iter_mut().rev() {
@@ -141,9 +167,10 @@ impl Timeline {
                 if kill.at < life.done {
                     saw_one = true;
                     kill.stall = kill.stall.max(took);
+                    kill.chained |= was_deaf;
                 }
             }
-            if !saw_one && state.calm.len() < CALM_SAMPLES {
+            if !saw_one && !was_deaf && state.calm.len() < CALM_SAMPLES {
                 state.calm.push(took);
             }
         }
@@ -165,20 +192,18 @@ impl Timeline {
 
     /// A server that was ordered to die does so now.
     pub fn died(&self) {
-        let mut state = self.lock();
-        let chained = !state.is_over();
-        if chained && let Some(last) = state.kills.last_mut() {
-            last.chained = true;
-        }
-        let under_way = state.oldest.iter().map(|(_, under_way)| under_way).sum();
-        state.kills.push(Kill {
-            at: Instant::now(),
-            under_way,
-            stall: Duration::ZERO,
-            silence: Duration::ZERO,
-            phases: [None; PHASES.len()],
-            chained,
-        });
+        self.lock().push_kill();
+    }
+
+    /// A server is going to be replaced. What is under way when it is gone has waited for its successor.
+    pub fn replace(&self) {
+        self.order();
+        self.lock().replacing = true;
+    }
+
+    /// The load's network does not read now.
+    pub fn is_deaf(&self) {
+        self.lock().deaf_until = Some(Instant::now());
     }
 
     /// One of [`PHASES`] was heard of.
@@ -191,6 +216,11 @@ impl Timeline {
 
     /// `bulkhead-vcpu` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed one.
     pub fn gone(&self) -> bool {
+        let mut state = self.lock();
+        if std::mem::take(&mut state.replacing) {
+            state.push_kill();
+        }
+        drop(state);
         self.phase(0);
         let mut state = self.lock();
         let was_killed = state.dying > 0;
@@ -210,6 +240,7 @@ impl Timeline {
     /// The order to die was taken back in time.
     pub fn withdraw(&self) {
         let mut state = self.lock();
+        state.replacing = false;
         state.dying = state.dying.saturating_sub(1);
         self.watch.dead();
     }

@@ -190,6 +190,35 @@ impl Vm {
         }
     }
 
+    /// Replaces the server of `device`, as `bulkhead device swap` does; how long nobody served, as the supervisor sees it.
+    pub fn swap(&mut self, device: &str) -> Result<Duration> {
+        let request = Request::Swap {
+            device: device.to_owned(),
+            program: None,
+            patience_s: PATIENCE.as_secs() as u32,
+        };
+        self.control.send(&request, &[])?;
+        match receive::<Reply>(&mut self.control, Instant::now() + 2 * PATIENCE)?.0 {
+            Reply::Swapped {
+                stall_us,
+                mishap: None,
+                ..
+            } => Ok(Duration::from_micros(stall_us)),
+            other => bail!("a swap is answered with {other:?}"),
+        }
+    }
+
+    /// Whether a successor of `device`'s server waits.
+    pub fn has_standby(&mut self, device: &str) -> Result<bool> {
+        self.control.send(&Request::Devices, &[])?;
+        match receive::<Reply>(&mut self.control, Instant::now() + PATIENCE)?.0 {
+            Reply::Devices(lines) => Ok(lines.into_iter().any(|line| {
+                line.name == device && line.successor.is_some_and(|(state, ..)| state == "waits")
+            })),
+            other => bail!("the supervisor answers {other:?}"),
+        }
+    }
+
     /// Lets the VM end, after its played vCPU process has said why; the supervisor's last lines if it was not content.
     pub fn end(mut self) -> Result<()> {
         self.line = None;

@@ -272,6 +272,11 @@ impl Load {
         self.tally
     }
 
+    /// The network does not read now, so that packets wait for it.
+    pub fn is_deaf(&self) -> bool {
+        self.deaf > 0
+    }
+
     /// When the oldest packet was sent that is not completed.
     pub fn oldest(&self) -> Option<Instant> {
         let oldest = self.flights.iter().filter_map(VecDeque::front);

@@ -124,6 +124,8 @@ impl Server {
             }
             // Only rings live in GPADLs here; the port waits for the channel that has its rings there.
             PortEvent::GpadlAdded { .. } => {}
+            // Its channels have nothing in common that a closed one could withhold.
+            PortEvent::HandedOver => {}
             PortEvent::GpadlTeardown { gpadl } => {
                 self.port.gpadl_released(gpadl).map_err(ServerError::Vcpu)?
             }

@@ -114,22 +114,24 @@ impl Credits {
         }
     }
 
-    /// A predecessor left these with the guest. To be called before the first one is drawn.
+    /// A predecessor left these with the guest. To be called before the first one is drawn. After a fault none of them is
+    /// drawn either: one of them may be the guest's.
     pub fn mark_held(&mut self, held: &[u16]) -> Result<(), RecoveredCreditFault> {
+        let mut result = Ok(());
         for &suballocation in held {
             if usize::from(suballocation) >= self.count {
-                return Err(RecoveredCreditFault::Beyond(suballocation));
+                result = result.and(Err(RecoveredCreditFault::Beyond(suballocation)));
+            } else if self.is_in_use(suballocation) {
+                result = result.and(Err(RecoveredCreditFault::HeldTwice(suballocation)));
+            } else {
+                self.set_in_use(suballocation);
             }
-            if self.is_in_use(suballocation) {
-                return Err(RecoveredCreditFault::HeldTwice(suballocation));
-            }
-            self.set_in_use(suballocation);
         }
         let in_use = std::mem::take(&mut self.in_use);
         self.free
             .retain(|&index| in_use[usize::from(index) / 64] & (1 << (index % 64)) == 0);
         self.in_use = in_use;
-        Ok(())
+        result
     }
 
     pub fn count(&self) -> usize {

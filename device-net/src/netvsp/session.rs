@@ -151,6 +151,18 @@ impl Session {
         }
     }
 
+    /// Forgets buffers that are not what the guest has lent, by the lengths in bytes of its GPADLs.
+    pub fn keep_only_lent(&mut self, gpadl_bytes: &dyn Fn(u32) -> Option<u64>) {
+        let Self::Ready(agreement) = self else { return };
+        let lent = |gpadl, fits: &dyn Fn(u64) -> bool| gpadl_bytes(gpadl).is_some_and(fits);
+        agreement
+            .receive_buffer
+            .take_if(|buffer| !lent(buffer.gpadl, &|bytes| buffer.fits(bytes)));
+        agreement
+            .send_buffer
+            .take_if(|buffer| !lent(buffer.gpadl, &|bytes| buffer.fits(bytes)));
+    }
+
     /// Handles a control message of the primary channel. SEND_RNDIS_PKT and its completion are not the session's.
     pub fn on_message(
         &mut self,

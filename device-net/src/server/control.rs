@@ -115,6 +115,10 @@ impl Nic {
                     .as_ref()
                     .is_none_or(|(known, _)| *known != buffer)
                 {
+                    // A journal that names packets of another buffer is no server's.
+                    for channel in self.channels.values_mut() {
+                        channel.outstanding.orphan_all();
+                    }
                     self.receive_buffer = port.gpadl(buffer.gpadl).map(|area| (buffer, area));
                     self.credits = Credits::new(buffer.suballocation_count);
                 }

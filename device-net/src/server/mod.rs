@@ -15,6 +15,17 @@
 //! their packets completed, so the ring from the guest (with the completions that give credits back) is always
 //! read. In the other direction a backend that has more than the guest has room for is simply not read.
 //!
+//! # What a network may lose
+//! Each packet of the guest's is completed once and each sub-allocation is in one hand, whatever happens. Frames may be
+//! lost, as any network card loses them when its queue is full; none is torn, and none is handed on twice:
+//! | end of the server | from the guest | to the guest |
+//! | --- | --- | --- |
+//! | killed | what was taken and not sent: at most 64 packets of one channel, and the queue | what was read from the backend and not published: at most what one round reads, or one stalled packet |
+//! | told to stop | the queue, if the backend does not take it within [`LAST_FRAMES_DEADLINE`] | a stalled packet: the guest had no room for it |
+//!
+//! Reading a frame from the backend takes it away there, so it cannot be read again by a successor; a round reads no more
+//! than there is room for, and publishes before it waits.
+//!
 //! # What a successor relies on
 //! | event | order of stores |
 //! | --- | --- |
@@ -42,6 +53,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use saved::Saved;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmbus::channel::{Endpoint, Port, PortEvent};
 use vmbus::ipc::server_start::{Control, ControlRequest};
@@ -56,6 +68,10 @@ const BACKEND: u64 = 2;
 const KICK: u64 = 16;
 /// Limit: events taken from one wait. More are told by the next.
 const EVENTS_PER_WAIT: usize = 32;
+
+/// Limit: how long a server that was told to stop waits for the backend to take what the guest sent before. A network that
+/// reads takes it in far less, and the guest's frames wait for the successor meanwhile; one that does not read loses them.
+const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(50);
 
 /// Why a server ends other than by being told to.
 #[derive(Debug, Error)]
@@ -119,6 +135,22 @@ impl Server {
 
     fn serve(&mut self) -> Result<(), ServerError> {
         while self.turn(EpollTimeout::NONE)? {}
+        self.send_last_frames()
+    }
+
+    /// Told to stop: gives the backend what was taken from the guest. No ring is read any more, nor the backend; what is
+    /// in them is the successor's.
+    fn send_last_frames(&mut self) -> Result<(), ServerError> {
+        self.nic.stop_reading();
+        let end = Instant::now() + LAST_FRAMES_DEADLINE;
+        while self.nic.wants_room() {
+            let left = end.saturating_duration_since(Instant::now());
+            // A second Stop, or the supervisor's end, cuts it short.
+            if left.is_zero() || !self.turn(EpollTimeout::try_from(left).unwrap_or(EpollTimeout::ZERO))? {
+                break;
+            }
+        }
+        self.nic.settle();
         Ok(())
     }
 
@@ -218,10 +250,7 @@ impl Server {
     fn on_control(&mut self) -> Result<bool, ServerError> {
         for request in self.control.on_readable().map_err(ServerError::Supervisor)? {
             match request {
-                ControlRequest::Stop => {
-                    self.nic.settle();
-                    return Ok(false);
-                }
+                ControlRequest::Stop => return Ok(false),
                 ControlRequest::Inspect => self.control.inspect(self.nic.inspect())?,
             }
         }
@@ -229,49 +258,63 @@ impl Server {
     }
 
     fn on_port(&mut self) -> Result<(), ServerError> {
-        for event in self.port.on_readable().map_err(ServerError::Vcpu)? {
-            match event {
-                PortEvent::Attached => {
-                    self.nic.on_attached(self.port.ram());
-                    self.control.warm()?;
-                }
-                // A waiting server is not woken by what arrives for its predecessor.
-                PortEvent::Serve => {
-                    self.serves = true;
-                    self.port.journal().claim::<Saved>();
-                    self.port.journal().pass(Step::ServiceClaimed);
-                    if let Some(backend) = self.nic.backend_fd() {
-                        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-                        watch(&self.epoll, backend, BACKEND, flags)?;
+        let mut events = self.port.on_readable().map_err(ServerError::Vcpu)?.into_iter();
+        while let Some(event) = events.next() {
+            if let Err(error) = self.on_port_event(event) {
+                for event in events {
+                    if let PortEvent::ChannelOpened(_, recovered) = event {
+                        recover::abandon_all(recovered);
                     }
                 }
-                PortEvent::ChannelOpened(endpoint, recovered) => {
-                    let index = endpoint.sub_index();
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn on_port_event(&mut self, event: PortEvent) -> Result<(), ServerError> {
+        match event {
+            PortEvent::Attached => {
+                self.nic.on_attached(self.port.ram());
+                self.control.warm()?;
+            }
+            // A waiting server is not woken by what arrives for its predecessor.
+            PortEvent::Serve => {
+                self.serves = true;
+                self.port.journal().claim::<Saved>();
+                self.port.journal().pass(Step::ServiceClaimed);
+                if let Some(backend) = self.nic.backend_fd() {
                     let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-                    watch(&self.epoll, endpoint.kick(), KICK + u64::from(index), flags)?;
-                    self.nic.on_channel_opened(&self.port, endpoint, recovered)?;
+                    watch(&self.epoll, backend, BACKEND, flags)?;
                 }
-                PortEvent::ChannelClosing { sub_index, .. } => {
-                    if let Some(endpoint) = self.close(sub_index)? {
-                        self.port.channel_closed(endpoint).map_err(ServerError::Vcpu)?;
-                    }
+            }
+            PortEvent::ChannelOpened(endpoint, recovered) => {
+                let index = endpoint.sub_index();
+                let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+                watch(&self.epoll, endpoint.kick(), KICK + u64::from(index), flags)?;
+                self.nic.on_channel_opened(&self.port, endpoint, recovered)?;
+            }
+            PortEvent::ChannelClosing { sub_index, .. } => {
+                if let Some(endpoint) = self.close(sub_index)? {
+                    self.port.channel_closed(endpoint).map_err(ServerError::Vcpu)?;
                 }
-                PortEvent::Retargeted {
-                    sub_index, target_vp, ..
-                } => self.nic.retarget(sub_index, target_vp),
-                PortEvent::GpadlAdded { .. } => {}
-                PortEvent::GpadlTeardown { gpadl } => {
-                    self.nic.on_gpadl_teardown(&self.port, gpadl)?;
-                    self.port.gpadl_released(gpadl).map_err(ServerError::Vcpu)?;
+            }
+            PortEvent::Retargeted {
+                sub_index, target_vp, ..
+            } => self.nic.retarget(sub_index, target_vp),
+            PortEvent::HandedOver => self.nic.on_handed_over(&self.port)?,
+            PortEvent::GpadlAdded { .. } => {}
+            PortEvent::GpadlTeardown { gpadl } => {
+                self.nic.on_gpadl_teardown(&self.port, gpadl)?;
+                self.port.gpadl_released(gpadl).map_err(ServerError::Vcpu)?;
+            }
+            PortEvent::Quiesce { token } => {
+                let mut endpoints = Vec::new();
+                for index in self.nic.open_channels() {
+                    endpoints.extend(self.close(index)?);
                 }
-                PortEvent::Quiesce { token } => {
-                    let mut endpoints = Vec::new();
-                    for index in self.nic.open_channels() {
-                        endpoints.extend(self.close(index)?);
-                    }
-                    self.nic.on_quiesced();
-                    self.port.quiesced(token, endpoints).map_err(ServerError::Vcpu)?;
-                }
+                self.nic.on_quiesced();
+                self.port.quiesced(token, endpoints).map_err(ServerError::Vcpu)?;
             }
         }
         Ok(())

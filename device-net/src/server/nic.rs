@@ -4,6 +4,7 @@ use super::ServerError;
 use super::channel::Channel;
 use super::control::Response;
 use super::inspect::{Counters, Faults};
+use super::recover::abandon_all;
 use super::saved::{Saved, State};
 use super::transmit::{Hearing, Transmission, Work};
 use crate::backend::{Backend, Gone};
@@ -47,6 +48,8 @@ pub struct Nic {
     pub(super) hearing: Hearing,
     /// Sub-channels to be offered once the answer that grants them is published.
     pub(super) offer: Option<u16>,
+    /// Told to stop: neither rings nor backend are read any more.
+    pub(super) stops: bool,
     pub(super) events: Vec<String>,
     pub(super) packet_buf: PacketBuf,
     pub(super) window: Vec<u8>,
@@ -83,6 +86,7 @@ impl Nic {
             responses: VecDeque::new(),
             hearing: Hearing::default(),
             offer: None,
+            stops: false,
             events: Vec::new(),
             packet_buf: PacketBuf::new(),
             window: Vec::new(),
@@ -96,11 +100,13 @@ impl Nic {
     /// Does everything that can be done now, in bounded portions. True if there may be more.
     pub fn round(&mut self, port: &Port) -> Result<bool, ServerError> {
         let mut busy = false;
-        for index in self.open_channels() {
-            busy |= self.serve_channel(port, index)?;
+        if !self.stops {
+            for index in self.open_channels() {
+                busy |= self.serve_channel(port, index)?;
+            }
+            self.send_responses();
+            busy |= self.receive_frames(port);
         }
-        self.send_responses();
-        busy |= self.receive_frames(port);
         for channel in self.channels.values_mut() {
             let published = channel.endpoint.publish();
             channel.check(published);
@@ -111,11 +117,20 @@ impl Nic {
     /// Arranges for kicks. True: do not sleep, there is something to do already.
     pub fn prepare_sleep(&mut self) -> bool {
         let mut busy = false;
+        if self.stops {
+            return busy;
+        }
         for channel in self.channels.values_mut() {
             let more = channel.endpoint.prepare_sleep();
             busy |= channel.check(more).unwrap_or(false);
         }
         busy
+    }
+
+    /// From now on packets and frames stay where they are.
+    pub fn stop_reading(&mut self) {
+        self.stops = true;
+        self.retry_queued();
     }
 
     /// Before a polite stop: what the backend has not taken is dropped, so that the successor has nothing to replay.
@@ -142,10 +157,7 @@ impl Nic {
             token.abandon();
         }
         for (_, recovered) in self.early.drain(..) {
-            recovered
-                .requests
-                .into_iter()
-                .for_each(|request| request.token.abandon());
+            abandon_all(recovered);
         }
     }
 
@@ -185,13 +197,7 @@ impl Nic {
             .collect()
     }
 
-    /// Something came that only comes after everything was handed over.
-    pub(super) fn handover_is_over(&mut self) {
-        self.awaited.clear();
-    }
-
     pub fn retarget(&mut self, index: u16, target_vp: u16) {
-        self.handover_is_over();
         if let Some(channel) = self.channels.get_mut(&index) {
             channel.endpoint.retarget(target_vp);
         }

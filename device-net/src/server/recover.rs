@@ -28,8 +28,11 @@ impl Nic {
             self.early.push((endpoint, recovered));
             return Ok(());
         }
-        if index == 0 {
-            self.on_primary_opened(port, &endpoint, recovered.fresh)?;
+        if index == 0
+            && let Err(error) = self.on_primary_opened(port, &endpoint, recovered.fresh)
+        {
+            abandon_all(recovered);
+            return Err(error);
         }
         let mut channel = Channel::new(endpoint);
         let held = self.restore_held(&mut channel, recovered.held);
@@ -75,6 +78,10 @@ impl Nic {
             port.load_state::<Saved>(epoch)?
         };
         self.state = saved.map_or_else(State::default, |Saved(state)| state);
+        // A predecessor wrote nonsense, or the guest has taken a buffer back since: nothing was lent.
+        self.state
+            .session
+            .keep_only_lent(&|gpadl| port.gpadl(gpadl).map(|area| area.len()));
         if fresh {
             self.save(port)?;
         }
@@ -86,21 +93,33 @@ impl Nic {
         if let Some(agreement) = self.state.session.agreement().cloned() {
             if let Some(buffer) = agreement.receive_buffer
                 && let Some(area) = port.gpadl(buffer.gpadl)
-                // Else it is not what was lent: of another guest's making, or the predecessor wrote nonsense.
-                && buffer.fits(area.len())
             {
                 self.credits = Credits::new(buffer.suballocation_count);
                 self.receive_buffer = Some((buffer, area));
             }
             if let Some(buffer) = agreement.send_buffer {
-                let area = port.gpadl(buffer.gpadl).filter(|area| buffer.fits(area.len()));
-                self.send_buffer = area.map(|area| (buffer, area));
+                self.send_buffer = port.gpadl(buffer.gpadl).map(|area| (buffer, area));
             }
         }
         // Whether the guest heard of a change of the link is not known.
         if let Some(message) = self.state.adapter.on_link(self.traits.link_up) {
             self.responses
                 .push_back(super::control::Response { token: None, message });
+        }
+        Ok(())
+    }
+
+    /// Every channel that is open has come: those that are still awaited the guest has closed while nobody served them,
+    /// and what it held of the receive buffer through them it has given up.
+    pub fn on_handed_over(&mut self, port: &Port) -> Result<(), ServerError> {
+        self.awaited.clear();
+        let before = self.state.open_sub_channels.len();
+        let channels = &self.channels;
+        self.state
+            .open_sub_channels
+            .retain(|index| channels.contains_key(index));
+        if self.state.open_sub_channels.len() != before {
+            self.save(port)?;
         }
         Ok(())
     }
@@ -159,12 +178,9 @@ impl Nic {
             .position(|(endpoint, _)| endpoint.sub_index() == index)
         {
             let (endpoint, recovered) = self.early.swap_remove(place);
-            for request in recovered.requests {
-                request.token.abandon();
-            }
+            abandon_all(recovered);
             return Ok(Some(*endpoint));
         }
-        self.handover_is_over();
         let Some(mut channel) = self.channels.remove(&index) else {
             return Ok(None);
         };
@@ -180,8 +196,11 @@ impl Nic {
             self.keep_spans(transmission.spans);
         }
         channel.discard_assembled(&mut self.credits);
-        // Tokens of packets to the guest may simply be dropped with their channel.
-        drop(channel.outstanding.forget_all(&mut self.credits));
+        // Tokens of packets to the guest may simply be dropped with their channel. But a guest that has not closed a
+        // broken channel may still read what it was given: that returns with the next receive buffer.
+        if channel.broken.is_none() {
+            drop(channel.outstanding.forget_all(&mut self.credits));
+        }
         if index == 0 {
             for response in self.responses.drain(..) {
                 abandon(response.token);
@@ -207,7 +226,6 @@ impl Nic {
 
     /// The guest takes a buffer back, or a ring.
     pub fn on_gpadl_teardown(&mut self, port: &Port, gpadl: u32) -> Result<(), ServerError> {
-        self.handover_is_over();
         let effects = self.state.session.on_gpadl_teardown(gpadl);
         if effects.is_empty() {
             return Ok(());
@@ -228,5 +246,12 @@ impl Nic {
 fn abandon(token: Option<vmbus::channel::Token>) {
     if let Some(token) = token {
         token.abandon();
+    }
+}
+
+/// Forgets what a predecessor left of a channel that is not served.
+pub(super) fn abandon_all(recovered: Recovered) {
+    for request in recovered.requests {
+        request.token.abandon();
     }
 }

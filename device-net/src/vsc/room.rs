@@ -66,7 +66,8 @@ impl Room {
         let journal = PlayedSupervisor::new_journal().map_err(VscError::from)?;
         let mut guest = SyntheticGuest::new(guest)?;
         let fd_name = config.fd.clone();
-        let running = launch(&program, &start, (&fd_name, &net), &journal)?;
+        let mut running = launch(&program, &start, (&fd_name, &net), &journal)?;
+        let report = running.supervisor.wait_ready(deadline())?;
         guest.attach(running.vcpu, deadline())?;
         Ok(Self {
             program,
@@ -77,7 +78,7 @@ impl Room {
             guest,
             supervisor: running.supervisor,
             child: running.child,
-            report: running.report,
+            report,
         })
     }
 
@@ -107,7 +108,7 @@ impl Room {
         self.child.wait_at_most(PATIENCE)?.ok_or(RoomError::StillRunning)
     }
 
-    /// Starts the next server after [`Room::kill`] or [`Room::stop`], and attaches it.
+    /// Starts the next server after [`Room::kill`] or [`Room::stop`], and attaches it. One that fails can be waited for.
     pub fn start_successor(&mut self) -> Result<(), RoomError> {
         self.start = self.start.successor();
         let running = launch(
@@ -118,7 +119,7 @@ impl Room {
         )?;
         self.supervisor = running.supervisor;
         self.child = running.child;
-        self.report = running.report;
+        self.report = self.supervisor.wait_ready(deadline())?;
         self.guest.attach(running.vcpu, deadline())?;
         Ok(())
     }
@@ -163,7 +164,6 @@ struct Running {
     child: Child,
     supervisor: PlayedSupervisor,
     vcpu: OwnedFd,
-    report: String,
 }
 
 fn launch(
@@ -190,11 +190,9 @@ fn launch(
         (net.0, net.1.as_fd()),
     ];
     supervisor.start(start, &fds)?;
-    let report = supervisor.wait_ready(deadline())?;
     Ok(Running {
         child,
         supervisor,
         vcpu,
-        report,
     })
 }

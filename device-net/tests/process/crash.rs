@@ -44,6 +44,92 @@ fn a_polite_swap_loses_nothing() {
     driver.wait_sent(room.deadline()).expect("all completed once");
 }
 
+/// The network reads nothing until the server was told to stop.
+#[test]
+fn a_server_that_stops_gives_the_network_what_it_took_from_the_guest() {
+    let (mut room, mut network, mut driver) = running(DriverOptions::default());
+    for round in 0..3 {
+        let mut sent = 0;
+        // The socket is full after a few dozen of these, and the server takes more.
+        while sent < 120 {
+            driver
+                .send(0, &from_guest(round * 1000 + sent, 6000), Form::Section)
+                .expect("sent");
+            sent += 1;
+        }
+        let waits = room.inspect("sent/queued").expect("a number");
+        assert_ne!(waits, "0", "the server took more than the network");
+        room.supervisor.stop().expect("told");
+        for number in 0..sent {
+            assert_eq!(network.take(), from_guest(round * 1000 + number, 6000));
+        }
+        assert!(room.wait_end().expect("it ends").is_success());
+        room.guest.server_gone();
+        room.start_successor().expect("the successor attaches");
+        driver.wait_sent(room.deadline()).expect("all completed once");
+    }
+}
+
+#[test]
+fn a_server_that_stops_does_not_wait_for_a_network_that_does_not_read() {
+    let (mut room, mut network, mut driver) = running(DriverOptions::default());
+    for number in 0..120 {
+        driver
+            .send(0, &from_guest(number, 6000), Form::Section)
+            .expect("sent");
+    }
+    assert_ne!(room.inspect("sent/queued").expect("a number"), "0");
+    assert!(room.stop().expect("it ends").is_success());
+    room.start_successor().expect("the successor attaches");
+    driver.wait_sent(room.deadline()).expect("all completed once");
+    driver
+        .send(0, &from_guest(500, 200), Form::Section)
+        .expect("sent");
+    let mut expected = 0;
+    loop {
+        let frame = network.take();
+        let number = number_of(&frame);
+        if number == 500 {
+            break;
+        }
+        assert_eq!(frame, from_guest(expected, 6000), "in order, once, whole");
+        expected += 1;
+    }
+}
+
+/// The successor must not wait for what the predecessor's state says was open.
+#[test]
+fn a_sub_channel_that_closed_while_nobody_served_leaves_the_nic_hearing() {
+    let options = DriverOptions {
+        queues: 3,
+        ..DriverOptions::default()
+    };
+    let (mut room, mut network, mut driver) = running(options);
+    let mut left = driver.channels.len();
+    assert_eq!(left, 3);
+    for number in 0..2 {
+        room.kill().expect("killed");
+        left -= 1;
+        let closing = driver.channels.pop().expect("a sub-channel");
+        assert_eq!(driver.channels.len(), left);
+        let deadline = room.deadline();
+        room.guest.close_channel(&closing, deadline).expect("closed");
+        room.start_successor().expect("the successor attaches");
+        network.put(&to_guest(number, 300));
+        let frames = driver.receive(0, 1, room.deadline()).expect("received");
+        assert_eq!(frames[0].bytes, to_guest(number, 300));
+        // An answer needs a sub-allocation, too.
+        driver.set_filter(FILTER, room.deadline()).expect("control works");
+        replace(&mut room);
+        network.put(&to_guest(number, 400));
+        let frames = driver.receive(0, 1, room.deadline()).expect("received");
+        assert_eq!(frames[0].bytes, to_guest(number, 400));
+    }
+    let expected = driver.suballocation_count.to_string();
+    let free = room.inspect_until("receive-buffer/free", &expected);
+    assert_eq!(free.expect("a number"), expected);
+}
+
 #[test]
 fn packets_sent_while_nobody_serves_are_sent_by_the_successor() {
     let (mut room, mut network, mut driver) = running(DriverOptions::default());

@@ -8,4 +8,5 @@ mod frozen;
 mod hostile;
 mod kills;
 mod network;
+mod spoiled;
 mod tap;

@@ -121,6 +121,25 @@ impl Network {
         })
     }
 
+    /// All frames that come until every server is gone; none may be cut.
+    pub fn rest(mut self) -> Vec<Vec<u8>> {
+        let mut bytes = Vec::new();
+        match self.stream.read_to_end(&mut bytes) {
+            // What was put there and nobody has read.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+            end => drop(end.expect("an end in time")),
+        }
+        let mut frames = Vec::new();
+        let mut left = &bytes[..];
+        while let Some((length, after)) = left.split_first_chunk::<4>() {
+            let (frame, after) = after.split_at(u32::from_be_bytes(*length) as usize);
+            frames.push(frame.to_vec());
+            left = after;
+        }
+        assert!(left.is_empty(), "a length is cut");
+        frames
+    }
+
     /// Goes away, and waits for the reader.
     pub fn end(self, reader: JoinHandle<()>) {
         self.stream.shutdown(Shutdown::Both).expect("shut down");

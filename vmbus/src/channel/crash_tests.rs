@@ -68,7 +68,10 @@ impl Server {
                         self.held.insert(held.token.transaction_id(), held.token);
                     }
                 }
-                PortEvent::Attached | PortEvent::Serve | PortEvent::GpadlAdded { .. } => {}
+                PortEvent::Attached
+                | PortEvent::Serve
+                | PortEvent::HandedOver
+                | PortEvent::GpadlAdded { .. } => {}
                 other => panic!("unexpected {other:?}"),
             }
         }

@@ -45,6 +45,8 @@ pub enum PortEvent {
     /// Journal, rings and back end are this server's, once it has made sure that its predecessor's I/O is over. Comes
     /// once.
     Serve,
+    /// Every channel that a predecessor served and that is still open has come. Comes once, after [`PortEvent::Serve`].
+    HandedOver,
     /// A channel is open: look at its ring now. Boxed for its size.
     ChannelOpened(Box<Endpoint>, Recovered),
     /// Stop serving the channel, finish or cancel all I/O for it, then call [`Port::channel_closed`].
@@ -265,6 +267,7 @@ impl Port {
                 }
                 Ok(Some(PortEvent::Serve))
             }
+            VcpuToServer::HandedOver => Ok(Some(PortEvent::HandedOver)),
         }
     }
 

@@ -324,8 +324,10 @@ pub enum VcpuToServer {
     /// The guest resets or unloads: drop all channels and GPADLs, then answer with `Quiesced`.
     Quiesce { token: u64 },
     /// There is no predecessor any more: journal, rings and back end are this server's. Every `Gpadl` and every
-    /// `OpenChannel` follows.
+    /// `OpenChannel` follows, and then `HandedOver`.
     Serve,
+    /// These were all the channels that are open: what a predecessor had open besides, the guest has closed since.
+    HandedOver,
 }
 
 impl Message for SupervisorToServer {
@@ -393,7 +395,8 @@ impl Message for VcpuToServer {
             | Self::CloseChannel { .. }
             | Self::TeardownGpadl { .. }
             | Self::Quiesce { .. }
-            | Self::Serve => 0,
+            | Self::Serve
+            | Self::HandedOver => 0,
         }
     }
 }

@@ -48,6 +48,7 @@ fn vcpu_to_server() -> Vec<VcpuToServer> {
             token: 0x1122_3344_5566_7788,
         },
         VcpuToServer::Serve,
+        VcpuToServer::HandedOver,
     ]
 }
 

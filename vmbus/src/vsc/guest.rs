@@ -228,7 +228,8 @@ impl SyntheticGuest {
         let channels: Vec<u32> = self.channels.keys().copied().collect();
         channels
             .into_iter()
-            .try_for_each(|channel| self.tell_channel(channel, false))
+            .try_for_each(|channel| self.tell_channel(channel, false))?;
+        self.tell(&VcpuToServer::HandedOver)
     }
 
     /// The server's process is gone, and nothing of it touches memory any more.

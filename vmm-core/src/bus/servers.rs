@@ -328,6 +328,7 @@ impl Bus {
         for channel in channels {
             self.tell_open(device, channel);
         }
+        self.send(device, VcpuToServer::HandedOver);
     }
 
     /// The server of this generation, present or waiting.

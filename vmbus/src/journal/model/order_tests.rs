@@ -206,8 +206,10 @@ impl World {
         self.guest.server_gone();
         let mut port = self.port(2);
         let recovered = kill_after(stores, || {
-            let mut events = port.on_readable().expect("bulkhead-vcpu behaves");
-            if let Some(PortEvent::ChannelOpened(_, recovered)) = events.pop() {
+            for event in port.on_readable().expect("bulkhead-vcpu behaves") {
+                let PortEvent::ChannelOpened(_, recovered) = event else {
+                    continue;
+                };
                 recovered
                     .requests
                     .into_iter()
@@ -219,11 +221,12 @@ impl World {
 }
 
 fn opened(port: &mut Port) -> Endpoint {
-    let mut events = port.on_readable().expect("bulkhead-vcpu behaves");
-    match events.pop() {
-        Some(PortEvent::ChannelOpened(endpoint, _)) => *endpoint,
-        other => panic!("unexpected {other:?}"),
-    }
+    let events = port.on_readable().expect("bulkhead-vcpu behaves");
+    let opened = events.into_iter().find_map(|event| match event {
+        PortEvent::ChannelOpened(endpoint, _) => Some(*endpoint),
+        _ => None,
+    });
+    opened.expect("the channel is open")
 }
 
 fn first_half(endpoint: &mut Endpoint) -> HeldToken {

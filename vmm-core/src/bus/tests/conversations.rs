@@ -89,14 +89,18 @@ fn an_open_channel_is_told_with_its_ring_first() {
     world.gpadl_and_open(disk, 0xE1E10);
     let inbox = world.inbox(DISK);
     assert!(matches!(
-        inbox[..2],
-        [VcpuToServer::Attach { .. }, VcpuToServer::Serve]
+        inbox[..3],
+        [
+            VcpuToServer::Attach { .. },
+            VcpuToServer::Serve,
+            VcpuToServer::HandedOver
+        ]
     ));
     assert!(
-        matches!(&inbox[2], VcpuToServer::Gpadl { gpadl: 0xE1E10, pages, byte_count: 32768, .. } if pages.len() == 8)
+        matches!(&inbox[3], VcpuToServer::Gpadl { gpadl: 0xE1E10, pages, byte_count: 32768, .. } if pages.len() == 8)
     );
     assert!(matches!(
-        inbox[3],
+        inbox[4],
         VcpuToServer::OpenChannel {
             ring_gpadl: 0xE1E10,
             downstream_page_offset: 4,
@@ -105,8 +109,8 @@ fn an_open_channel_is_told_with_its_ring_first() {
             ..
         }
     ));
-    assert_eq!(inbox.len(), 4);
-    assert!(world.inbox(NIC).len() == 2);
+    assert_eq!(inbox.len(), 5);
+    assert!(world.inbox(NIC).len() == 3);
 }
 
 #[test]

@@ -267,6 +267,7 @@ impl World {
                 VcpuToServer::Quiesce { token } => ServerToVcpu::Quiesced { token },
                 VcpuToServer::Attach { .. }
                 | VcpuToServer::Serve
+                | VcpuToServer::HandedOver
                 | VcpuToServer::Gpadl { .. }
                 | VcpuToServer::OpenChannel { .. }
                 | VcpuToServer::Retarget { .. } => continue,
@@ -573,7 +574,7 @@ impl World {
                 assert_eq!(server.open.get(channel), Some(open_epoch));
             }
             VcpuToServer::TeardownGpadl { gpadl } => assert!(server.gpadls.contains(gpadl)),
-            VcpuToServer::Quiesce { .. } | VcpuToServer::Serve => {}
+            VcpuToServer::Quiesce { .. } | VcpuToServer::Serve | VcpuToServer::HandedOver => {}
         }
         server.inbox.push_back(message);
     }

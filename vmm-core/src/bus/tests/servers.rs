@@ -36,7 +36,8 @@ fn a_server_that_attaches_late_hears_the_whole_truth_afresh() {
             VcpuToServer::Attach { .. },
             VcpuToServer::Serve,
             VcpuToServer::Gpadl { .. },
-            VcpuToServer::OpenChannel { fresh: true, .. }
+            VcpuToServer::OpenChannel { fresh: true, .. },
+            VcpuToServer::HandedOver,
         ]
     ));
     assert_eq!(opens(&world), [(disk.0, 1, true)]);
@@ -264,7 +265,7 @@ fn a_wrong_hello_is_condemned() {
         assert_eq!(world.misbehaved.len(), 1);
         world.die(DISK);
         world.attach(DISK);
-        assert_eq!(world.inbox(DISK).len(), 2);
+        assert_eq!(world.inbox(DISK).len(), 3);
     }
 }
 
@@ -364,7 +365,8 @@ fn a_successor_waits_with_the_memory_and_serves_when_its_predecessor_is_gone() {
                     fresh: false,
                     target_vp: 2,
                     ..
-                }
+                },
+                VcpuToServer::HandedOver,
             ]
         ),
         "{inbox:?}"
@@ -453,6 +455,6 @@ fn a_third_server_is_refused() {
     };
     let actions = world.bus.on_server_message(DISK, 3, hello);
     world.act(actions);
-    assert_eq!(world.inbox(DISK).len(), 2);
+    assert_eq!(world.inbox(DISK).len(), 3);
     assert_eq!(world.faults(), 2);
 }

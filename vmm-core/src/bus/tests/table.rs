@@ -108,6 +108,7 @@ fn told(message: &VcpuToServer) -> String {
         VcpuToServer::TeardownGpadl { gpadl } => format!("teardown {gpadl:x}"),
         VcpuToServer::Quiesce { .. } => "quiesce".to_owned(),
         VcpuToServer::Serve => "serve".to_owned(),
+        VcpuToServer::HandedOver => "handed over".to_owned(),
     }
 }
 

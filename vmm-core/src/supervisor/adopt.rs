@@ -155,6 +155,7 @@ impl Given {
                 ready: successor.ready,
                 warm: successor.warm,
                 is_restart: successor.is_restart,
+                asked: None,
                 blame: None,
             }),
         };

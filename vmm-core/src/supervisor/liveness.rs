@@ -49,6 +49,21 @@ impl Supervisor {
         let mut hanging = Vec::new();
         for (index, room) in self.rooms.iter_mut().enumerate() {
             let generation = room.generation;
+            // One that waits takes over in whatever state it is: it must not be found hanging then.
+            if let Some(successor) = &mut room.successor {
+                match successor.asked {
+                    Some(asked) if now.saturating_duration_since(asked) >= patience => {
+                        hanging.push((index, successor.generation));
+                    }
+                    Some(_) => {}
+                    None => {
+                        let token = self.next_token;
+                        self.next_token = token.wrapping_add(1);
+                        let asked = successor.ask(&SupervisorToServer::Ping { token });
+                        successor.asked = asked.then_some(now);
+                    }
+                }
+            }
             match room.probe.filter(|probe| probe.generation == generation) {
                 Some(probe) if now.saturating_duration_since(probe.asked) >= patience => {
                     hanging.push((index, generation));

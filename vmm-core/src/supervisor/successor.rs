@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sandbox::ExitCause;
-use vmbus::ipc::{PeerFault, ServerToSupervisor};
+use vmbus::ipc::{PeerFault, ServerToSupervisor, SupervisorToServer};
 
 use super::process::Process;
 use super::report;
@@ -31,6 +31,8 @@ pub struct Successor {
     pub warm: bool,
     /// Why it is being killed, or has failed.
     pub blame: Option<String>,
+    /// When it was asked whether it still turns, if it has not answered since.
+    pub asked: Option<Instant>,
     /// It was started because the present one has died, and waits for nothing but the end of that one's I/O.
     pub is_restart: bool,
 }
@@ -52,6 +54,15 @@ impl Successor {
         match self.is_prepared() {
             true => "waits",
             false => "starts",
+        }
+    }
+
+    /// Sends to one that is prepared; whether it took it.
+    pub fn ask(&mut self, message: &SupervisorToServer) -> bool {
+        let prepared = self.is_prepared();
+        match &mut self.process.control {
+            Some(control) if prepared => control.send(message, &[]).is_ok(),
+            _ => false,
         }
     }
 
@@ -78,6 +89,7 @@ impl RoomState {
             ready: false,
             warm: false,
             blame: None,
+            asked: None,
             is_restart: matches!(self.server, Server::Fencing { .. }),
         });
         Ok((to_vcpu, generation))

@@ -167,14 +167,18 @@ impl Supervisor {
         match message {
             ServerToSupervisor::Ready { .. } => successor.ready = true,
             ServerToSupervisor::Warm => successor.warm = true,
-            ServerToSupervisor::Failed { message } => successor.blame(&process::printable(&message)),
-            ServerToSupervisor::Event { text } => {
-                report::relay(&room.plan.name, &process::printable(&text));
+            ServerToSupervisor::Failed { message } => {
+                return successor.blame(&process::printable(&message));
             }
-            // It was asked nothing.
-            ServerToSupervisor::Pong { .. }
-            | ServerToSupervisor::Inspect { .. }
-            | ServerToSupervisor::Released => {}
+            ServerToSupervisor::Event { text } => {
+                return report::relay(&room.plan.name, &process::printable(&text));
+            }
+            ServerToSupervisor::Pong { .. } => {
+                successor.asked = None;
+                return;
+            }
+            // It was not asked for these.
+            ServerToSupervisor::Inspect { .. } | ServerToSupervisor::Released => return,
         }
         if successor.is_prepared() {
             let overdue = Timer::ReadyOverdue {

@@ -58,6 +58,10 @@ pub const ALL: &[(&str, fn())] = &[
         a_standby_that_dies_is_started_again_and_harms_nobody,
     ),
     (
+        "a_standby_that_hangs_is_replaced_before_it_is_needed",
+        a_standby_that_hangs_is_replaced_before_it_is_needed,
+    ),
+    (
         "a_standby_makes_way_for_a_swap_and_comes_back",
         a_standby_makes_way_for_a_swap_and_comes_back,
     ),
@@ -498,6 +502,28 @@ fn a_standby_that_dies_is_started_again_and_harms_nobody() {
     assert!(
         ended.stderr.starts_with(
             "bulkhead: the standby of disk0 is lost (disk0 (server 2) killed by SIGKILL); the next one is started in 1 seconds\n"
+        ),
+        "{:?}",
+        ended.stderr
+    );
+}
+
+fn a_standby_that_hangs_is_replaced_before_it_is_needed() {
+    let place = Place::new();
+    let disk = "memory=1M,standby=true";
+    let running = place.start(&["--cmdline", "watch", "--patience", "1", "--disk", disk]);
+    place.wait_until_it_runs();
+    let serving = process(&place, "disk0");
+    let first = standby(&place);
+    kill(Pid::from_raw(first), Signal::SIGSTOP).expect("stopped");
+    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
+    assert_eq!(process(&place, "disk0"), serving);
+    kill_hard(serving);
+    until(|| (process(&place, "disk0") == second).then_some(()));
+    let ended = stop(&place, running);
+    assert!(
+        ended.stderr.contains(
+            "the standby of disk0 is lost (disk0 (server 2) killed by SIGKILL (hangs: no answer for 1 seconds))"
         ),
         "{:?}",
         ended.stderr

@@ -15,11 +15,11 @@ use vmbus::ipc::{PeerFault, Socket, SupervisorToVcpu};
 
 use super::backend::Held;
 use super::chronicle::{Chronicle, Event};
-use super::control::{Listener, connect_to};
+use super::control::Listener;
 use super::folder::Folder;
 use super::input::Input;
 use super::keeper::mirror::Keeper;
-use super::keeper::{FromKeeper, LISTENER, ToKeeper, receive_kept};
+use super::keeper::{FromKeeper, LISTENER, ToKeeper, first_word, receive_kept};
 use super::policy::History;
 use super::process::Process;
 use super::report::{Outcome, say};
@@ -51,12 +51,13 @@ impl Given {
     /// Asks the keeper of a VM.
     fn ask(name: &Name, base: &Path) -> Result<Self> {
         let path = base.join(name.as_str());
-        let Some(mut socket) = connect_to(&path.join(LISTENER))? else {
+        let Some((mut socket, word)) = first_word(&path)? else {
             bail!("no VM named {name} runs for this user (bulkhead list shows which do)");
         };
         let mut given = (BTreeMap::new(), Texts::new());
+        let mut next = word.map(|word| (word, Vec::new()));
         loop {
-            match receive_kept(&mut socket) {
+            match next {
                 Ok((FromKeeper::Orphaned, _)) => socket.send(&ToKeeper::Adopt, &[])?,
                 Ok((FromKeeper::Keep { names }, fds)) => given.0.extend(names.into_iter().zip(fds)),
                 Ok((FromKeeper::Write { name, bytes }, _)) => {
@@ -74,6 +75,7 @@ impl Given {
                 Err(PeerFault::Eof) => bail!("the VM {name} has just ended"),
                 Err(fault) => bail!("the keeper of {name} does not answer: {fault}"),
             }
+            next = receive_kept(&mut socket);
         }
         let (kept, texts) = given;
         Ok(Given { socket, kept, texts })

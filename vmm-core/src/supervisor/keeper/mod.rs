@@ -63,6 +63,10 @@ pub const STATE: &str = "vm";
 /// Limit: what an answer of a keeper may take, which has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Limit: how often the end of a supervisor is looked for that is gone, and the pause before each further look.
+const LOOKS: usize = 200;
+const PAUSE: Duration = Duration::from_millis(5);
+
 /// What a supervisor says to its keeper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToKeeper {
@@ -151,15 +155,36 @@ fn send_kept<M: Message>(
 
 /// Whether the VM with this folder runs without a supervisor. A VM without a keeper does not.
 pub fn is_orphaned(folder: &Path) -> Result<bool> {
-    let Some(mut socket) = connect_to(&folder.join(LISTENER))? else {
-        return Ok(false);
-    };
-    match receive_kept(&mut socket) {
-        Ok((FromKeeper::Orphaned, _)) => Ok(true),
+    match first_word(folder)? {
+        Some((_, Ok(FromKeeper::Orphaned))) => Ok(true),
         // One that goes away just now keeps nothing any more.
-        Ok(_) | Err(PeerFault::Eof) => Ok(false),
-        Err(fault) => bail!("the keeper at {} does not answer: {fault}", folder.display()),
+        None | Some((_, Ok(_) | Err(PeerFault::Eof))) => Ok(false),
+        Some((_, Err(fault))) => bail!("the keeper at {} does not answer: {fault}", folder.display()),
     }
+}
+
+/// Connects to the keeper of the VM with this folder, if there is one, and hears whether the VM has a supervisor.
+pub fn first_word(folder: &Path) -> Result<Option<(Socket, Result<FromKeeper, PeerFault>)>> {
+    for last in [false; LOOKS].into_iter().chain([true]) {
+        let Some(mut socket) = connect_to(&folder.join(LISTENER))? else {
+            return Ok(None);
+        };
+        let word = receive_kept(&mut socket).map(|(word, _)| word);
+        // A supervisor that was killed while it made a process is survived by that for a moment, with all it had.
+        if last || word != Ok(FromKeeper::Supervised) || !is_killed(folder) {
+            return Ok(Some((socket, word)));
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(None)
+}
+
+/// Whether the process that holds the folder is gone.
+fn is_killed(folder: &Path) -> bool {
+    let text = std::fs::read_to_string(folder.join("lock")).unwrap_or_default();
+    let process = text.trim().parse().ok().filter(|process| *process > 0);
+    let process = process.map(nix::unistd::Pid::from_raw);
+    process.is_some_and(|process| nix::sys::signal::kill(process, None) == Err(nix::errno::Errno::ESRCH))
 }
 
 /// The keeper's next word, and what came with it.

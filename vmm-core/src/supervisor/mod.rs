@@ -5,22 +5,23 @@
 //!   plan ──▶ open what has a path ──▶ start bulkhead-vcpu and all servers ──▶ every Ready ──▶ Run ──▶ … ──▶ end
 //!                                          (in parallel: nobody is waited for in turn)
 //!
-//!   a server:  Running ──dies──▶ Fencing ──its I/O is over──▶ Pausing ──▶ Running, next generation
-//!                                   │ ServerGone to vcpu                       ServerAttached to vcpu
+//!   a server:  Running ──dies──▶ Fencing ──its I/O is over, ServerGone to vcpu──▶ Running, next generation
+//!                                   │ if there is to be no pause, the next one is started here and waits
+//!                                   ├── dies again ──▶ Pausing ──▶ Running, next generation
 //!                                   └── dies again and again ──▶ Held
 //!
 //!   a planned replacement: the successor is started beside it and gets warm; Running ──told to stop, Released──▶ Fencing
 //!   ──▶ Running, the successor. One that waits already takes over in the same way from a server that died.
 //! ```
 //!
-//! One thread, one loop over `poll(2)`. It waits for no child: each answer that is expected has a deadline, which is an
+//! One thread, one loop over `ppoll(2)`. It waits for no child: each answer that is expected has a deadline, which is an
 //! event like any other ([`timers`]). It believes no child: messages are decoded by `vmbus::ipc`, log lines are cut and
 //! cleaned, and a child that says nonsense is killed. It maps no guest memory.
 //!
 //! *Fencing*: a process's end does not end the I/O that the kernel does on its behalf. A server that has such I/O holds
 //! locks on its disks' descriptions, which each generation has for itself and which requests in flight keep open, and one on
 //! its journal; so whoever finds them free knows that the last request is over. Only then is `bulkhead-vcpu` told that the
-//! server is gone, and a successor started. A lock of the supervisor's own keeps other VMs away from the disk all the time.
+//! server is gone, and lets the next one serve. A lock of the supervisor's own keeps other VMs away from the disk all the time.
 //!
 //! | file | what |
 //! | --- | --- |

@@ -3,6 +3,7 @@
 //! started under such a name, and runs the tests otherwise.
 
 mod cases;
+mod fencing;
 mod operator;
 mod orphans;
 mod played;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = args.collect();
     let listing = args.iter().any(|arg| arg == "--list");
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
-    let chosen: Vec<_> = [cases::ALL, operator::ALL, swaps::ALL, orphans::ALL]
+    let chosen: Vec<_> = [cases::ALL, fencing::ALL, operator::ALL, swaps::ALL, orphans::ALL]
         .concat()
         .into_iter()
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))

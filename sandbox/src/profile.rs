@@ -293,9 +293,8 @@ const VCPU: &[Rule] = &[
     allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/shared.rs sealed_memfd"),
     allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs wipe"),
     allow("mincore", c::SYS_mincore, ANY, "vmm-core/src/kvm/memory.rs is_resident"),
-    // The kernel image and the initrd, which the machine loads again at each reset.
-    allow("pread64", c::SYS_pread64, ANY, "runtime: FileExt::read_at"),
-    allow("lseek", c::SYS_lseek, ANY, "runtime: File::seek"),
+    // The boot plan, which is carried out again at each reset.
+    allow("lseek", c::SYS_lseek, ANY, "vmm-core/src/run/power.rs fill_memory"),
 ];
 
 const KVM_REQUESTS: &[When] = &[When::OneOf {

@@ -16,10 +16,9 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::{
-    KernelFormat, OnReset, Populate, Socket, SupervisorToVcpu, VcpuConfig, VcpuToSupervisor, pair,
-};
+use vmbus::ipc::{OnReset, Populate, Socket, SupervisorToVcpu, VcpuConfig, VcpuToSupervisor, pair};
 use vmbus::wire::Guid;
+use vmm_core::supervisor::boot_plan::draw_up;
 
 #[derive(Parser)]
 struct Arguments {
@@ -60,26 +59,25 @@ fn main() -> anyhow::Result<()> {
         identity: sandbox::Identity::own(0),
     })?;
     let mut socket = Socket::new(ours);
-    let mut names = vec!["kvm".to_owned(), "kernel".to_owned()];
     let kvm = File::options()
         .read(true)
         .write(true)
         .open("/dev/kvm")
         .context("open /dev/kvm")?;
-    let mut fds: Vec<OwnedFd> = vec![kvm.into(), File::open(&arguments.kernel)?.into()];
-    if let Some(initrd) = &arguments.initrd {
-        names.push("initrd".to_owned());
-        fds.push(File::open(initrd)?.into());
-    }
-    names.extend(["console-in".to_owned(), "console-out".to_owned()]);
-    fds.push(std::io::stdin().as_fd().try_clone_to_owned()?);
-    fds.push(std::io::stdout().as_fd().try_clone_to_owned()?);
+    let (boot, mut fds) = draw_up(
+        File::open(&arguments.kernel)?,
+        arguments.initrd.as_ref().map(File::open).transpose()?,
+        &arguments.cmdline,
+        arguments.vcpus,
+        arguments.memory << 20,
+    )?;
+    fds.push(("kvm", kvm.into()));
+    fds.push(("console-in", std::io::stdin().as_fd().try_clone_to_owned()?));
+    fds.push(("console-out", std::io::stdout().as_fd().try_clone_to_owned()?));
     let config = VcpuConfig {
-        name: "boot".to_owned(),
         vcpus: arguments.vcpus,
         memory_bytes: arguments.memory << 20,
-        cmdline: arguments.cmdline.clone(),
-        kernel_format: KernelFormat::Auto,
+        boot,
         require_full_sandbox: false,
         log: arguments.log.clone(),
         populate: match arguments.populate.as_deref() {
@@ -94,7 +92,8 @@ fn main() -> anyhow::Result<()> {
             OnReset::Reset
         },
     };
-    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let names = fds.iter().map(|(name, _)| (*name).to_owned()).collect();
+    let borrowed: Vec<_> = fds.iter().map(|(_, fd)| fd.as_fd()).collect();
     socket.send(
         &SupervisorToVcpu::Start {
             protocol: PROTOCOL,

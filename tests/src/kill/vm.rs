@@ -24,6 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
+use vmm_core::pc::boot::halting_kernel;
 use vmm_core::supervisor::control::{Listener, Reply, Request, connect_to};
 
 /// Limit: what the supervisor may take to end a VM; it allows its children three seconds twice.
@@ -80,7 +81,7 @@ impl Vm {
         let network = Listener::bind(&network.join(played::NETWORK_SOCKET))?;
         // The supervisor wants one; nobody boots it.
         let kernel = folder.path().join("kernel");
-        std::fs::write(&kernel, "played")?;
+        std::fs::write(&kernel, halting_kernel())?;
         let (line, stdout) = vmbus::ipc::pair()?;
         let mut command = Command::new(programs.join("bulkhead"));
         command.args(["run", "--name", NAME, "--restart", "always"]);

@@ -83,7 +83,7 @@ pub enum SupervisorToVcpu {
         /// [`super::hello::PROTOCOL`] of the supervisor.
         protocol: u32,
         config: VcpuConfig,
-        /// What each descriptor is: `kvm`, `kernel`, `initrd` (optional), `console-in`, `console-out`.
+        /// What each descriptor is: `kvm`, `boot0`, `boot1`, … (files of the boot plan), `console-in`, `console-out`.
         fds: Vec<String>,
     },
     /// There is a device. Before `Run`: part of the machine at power-on; after it: hot-added. Comes with one
@@ -125,16 +125,11 @@ pub enum SupervisorToVcpu {
 /// The machine, as far as `bulkhead-vcpu` knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuConfig {
-    /// Name of the VM in logs.
-    pub name: String,
     /// Virtual processors, 1 to 64.
     pub vcpus: u16,
     /// Guest RAM, a multiple of 2 MiB.
     pub memory_bytes: u64,
-    /// The kernel's command line, complete.
-    pub cmdline: String,
-    /// What the `kernel` descriptor holds.
-    pub kernel_format: KernelFormat,
+    pub boot: BootPlan,
     /// Fail if any stage of the sandbox is not to be had on this host.
     pub require_full_sandbox: bool,
     /// What to log, for example `info`.
@@ -145,16 +140,34 @@ pub struct VcpuConfig {
     pub on_reset: OnReset,
 }
 
-/// How to load the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum KernelFormat {
-    /// Tell by the file's first bytes.
-    #[default]
-    Auto,
-    /// A Linux boot image.
-    BzImage,
-    /// An ELF `vmlinux`.
-    Elf,
+/// What guest memory, zero otherwise, and the boot processor hold at each power-on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootPlan {
+    /// To be copied in this order.
+    pub segments: Vec<BootSegment>,
+    /// Where each power-on puts [`Self::SEED_BYTES`] fresh random bytes: the guest has no disk noise and perhaps no
+    /// RDRAND at that moment.
+    pub seed_gpa: u64,
+    /// First instruction, and the register that says where boot_params are.
+    pub rip: u64,
+    pub rsi: u64,
+}
+
+impl BootPlan {
+    /// Length of the seed.
+    pub const SEED_BYTES: usize = 48;
+}
+
+/// Part of a file that goes into guest memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootSegment {
+    /// Number of the file, in the order of the descriptors named `boot…`.
+    pub file: u8,
+    /// First byte in the file.
+    pub offset: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    pub bytes: u64,
 }
 
 /// Whether to fault in guest RAM before the guest starts.

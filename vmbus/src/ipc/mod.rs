@@ -42,7 +42,7 @@ use nix::errno::Errno;
 
 pub use codec::{DecodeError, EncodeError};
 pub use messages::{
-    ExitCause, KernelFormat, Message, OnReset, Populate, ServerToSupervisor, ServerToVcpu,
+    BootPlan, BootSegment, ExitCause, Message, OnReset, Populate, ServerToSupervisor, ServerToVcpu,
     SupervisorToServer, SupervisorToVcpu, VcpuConfig, VcpuToServer, VcpuToSupervisor,
 };
 pub use socket::{SendError, Socket, pair};

@@ -112,11 +112,19 @@ fn supervisor_to_server() -> Vec<SupervisorToServer> {
 
 fn supervisor_to_vcpu() -> Vec<SupervisorToVcpu> {
     let config = VcpuConfig {
-        name: "vm".to_owned(),
         vcpus: 2,
         memory_bytes: 1 << 30,
-        cmdline: "console=ttyS0".to_owned(),
-        kernel_format: KernelFormat::Auto,
+        boot: BootPlan {
+            segments: vec![BootSegment {
+                file: 1,
+                offset: 512,
+                gpa: 1 << 20,
+                bytes: 4096,
+            }],
+            seed_gpa: 0x8010,
+            rip: 0x100_0200,
+            rsi: 0x7000,
+        },
         require_full_sandbox: false,
         log: "info".to_owned(),
         populate: Populate::Never,

@@ -33,8 +33,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmbus::mem::RamLayout;
 
 use super::{Exit, GuestMapping, Kick, Kvm, KvmError, RunningVcpu, Vcpu, Vm, install_kick_handler};
-use crate::pc::boot::{Entry, write_page_tables};
-use crate::pc::memory_map::{BOOT_PARAMS, HIGH_MEMORY};
+use crate::pc::boot::page_tables;
+use crate::pc::memory_map::{BOOT_PARAMS, HIGH_MEMORY, PAGE_TABLES};
 
 /// Limit: a Linux kernel executes about two thousand million instructions until its first program runs, which takes
 /// less than two minutes at this rate. KVM on hardware is a hundred times faster, in an emulated machine five to ten
@@ -88,16 +88,15 @@ pub fn measure(device: OwnedFd) -> Result<KvmSpeed, KvmError> {
         .create_vcpus(&kvm, 1)?
         .pop()
         .ok_or_else(|| failed("KVM made no vCPU"))?;
-    vcpu.enter_kernel(Entry {
-        rip: PROGRAM_GPA,
-        boot_params: BOOT_PARAMS,
-    })?;
+    vcpu.enter_kernel(PROGRAM_GPA, BOOT_PARAMS)?;
     run_with_deadline(vm, vcpu)
 }
 
 fn load(memory: &GuestMapping) -> io::Result<()> {
     let memory = memory.memory();
-    write_page_tables(memory).map_err(io::Error::other)?;
+    memory
+        .write_slice(&page_tables(), GuestAddress(PAGE_TABLES))
+        .map_err(io::Error::other)?;
     memory
         .write_slice(&PROGRAM, GuestAddress(PROGRAM_GPA))
         .map_err(io::Error::other)

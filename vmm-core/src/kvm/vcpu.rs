@@ -15,8 +15,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use super::KvmError;
 use super::exit::{CallRegisters, Exit};
 use super::kick::Armed;
-use crate::pc::boot::{CODE_SELECTOR, DATA_SELECTOR, Entry, GDT_LIMIT};
-use crate::pc::memory_map::{GDT, PAGE_TABLES};
+use crate::pc::memory_map::{CODE_SELECTOR, DATA_SELECTOR, GDT, GDT_LIMIT, PAGE_TABLES};
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 
@@ -102,11 +101,11 @@ impl Vcpu {
         read_tsc(&self.fd)
     }
 
-    /// Makes this the boot processor, at the kernel's 64-bit entry.
-    pub fn enter_kernel(&self, entry: Entry) -> Result<(), KvmError> {
+    /// Makes this the boot processor, at the kernel's 64-bit entry; RSI says where boot_params are.
+    pub fn enter_kernel(&self, rip: u64, rsi: u64) -> Result<(), KvmError> {
         let registers = kvm_regs {
-            rip: entry.rip,
-            rsi: entry.boot_params,
+            rip,
+            rsi,
             rflags: RFLAGS_RESERVED,
             ..Default::default()
         };

@@ -27,12 +27,8 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
 
 use super::memory_map::{ACPI_TABLES, ACPI_TABLES_END, IOAPIC, LOCAL_APIC};
-use super::ports::{RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_OFF};
+use super::ports::{POWER_BUTTON_GSI, RESET, RESET_VALUE, SLEEP_CONTROL, SLEEP_STATUS, SLEEP_TYPE_OFF};
 use super::serial::{COM1_BASE, COM1_GSI, COM1_PORTS};
-use crate::hyperv::hypercall_page::SIGNAL_PORT;
-
-/// I/O APIC pin of the power button's event device.
-pub const POWER_BUTTON_GSI: u32 = 5;
 
 const OEM_ID: [u8; 6] = *b"BULKHD";
 const OEM_TABLE_ID: [u8; 8] = *b"BULKHEAD";
@@ -40,6 +36,10 @@ const OEM_REVISION: u32 = 1;
 
 /// FADT IAPC_BOOT_ARCH (ACPI 6.5 section 5.2.9.3): no VGA (2), no CMOS clock (5).
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+
+/// Eight ports from here cover both ports of the hypercall page. The supervisor, whose tables these are, cannot reach
+/// `hyperv/`; a test compares.
+const HYPERCALL_PORTS: u16 = 0x520;
 
 /// The window that VMBus devices with MMIO would use. No RAM, no APIC.
 const MMIO_START: u32 = 0xF800_0000;
@@ -156,8 +156,8 @@ fn system_bus(aml: &mut Vec<u8>) {
 
     let board_id = EISAName::new("PNP0C02");
     let board_id = Name::new("_HID".into(), &board_id);
-    // Eight ports from SIGNAL_PORT cover both ports of the hypercall page; three are power control.
-    let hypercall_ports = IO::new(SIGNAL_PORT, SIGNAL_PORT, 1, 8);
+    // Three are power control.
+    let hypercall_ports = IO::new(HYPERCALL_PORTS, HYPERCALL_PORTS, 1, 8);
     let power_ports = IO::new(SLEEP_CONTROL, SLEEP_CONTROL, 1, 3);
     let board_resources = ResourceTemplate::new(vec![&hypercall_ports, &power_ports]);
     let board_resources = Name::new("_CRS".into(), &board_resources);
@@ -286,6 +286,14 @@ mod tests {
         }
         assert_eq!(apic_ids, (0..64).map(|id| (id, id, 1)).collect::<Vec<_>>());
         assert_eq!(io_apics, 1);
+    }
+
+    #[test]
+    fn the_reserved_ports_are_those_of_the_hypercall_page() {
+        use crate::hyperv::hypercall_page::{SIGNAL_PORT, SLOW_PORT};
+        for port in [SIGNAL_PORT, SLOW_PORT] {
+            assert!((HYPERCALL_PORTS..HYPERCALL_PORTS + 8).contains(&port));
+        }
     }
 
     #[test]

@@ -1,41 +1,39 @@
 #![forbid(unsafe_code)]
-//! Direct boot of Linux by the 64-bit boot protocol (Linux Documentation/x86/boot.rst): kernel, initrd, command
-//! line, boot_params, GDT and identity page tables.
+//! Direct boot of Linux by the 64-bit boot protocol (Linux Documentation/x86/boot.rst): from kernel, initrd and
+//! command line to the list of what goes where in guest memory.
 //!
-//! Kernel and initrd are read from their descriptors straight into guest RAM, with no copy in between; a reset
-//! reads them again. They are the operator's files, yet no number in them is trusted: each address and length is
-//! checked against guest RAM by the loader and by `vm-memory`.
+//! The supervisor draws up the list, once; `bulkhead-vcpu` copies by it at each power-on and knows nothing of kernels.
+//! Of the kernel only headers are read here. They are the operator's files, yet no number in them is trusted: what does
+//! not fit is refused here with a reason, and each address is checked against guest RAM again when it is copied to.
+//!
+//! A file that is overwritten while its VM runs is not read again here: the guest's next boot then fails, and nothing
+//! worse.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use linux_loader::loader::{self, KernelLoader, bzimage::BzImage, elf::Elf};
-use uuid::Uuid;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmbus::ipc::KernelFormat;
+use vm_memory::ByteValued;
+use vmbus::ipc::{BootPlan, BootSegment};
 use vmbus::mem::RamLayout;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::memory_map::{
-    ACPI_TABLES, BOOT_PARAMS, COMMAND_LINE, GDT, HIGH_MEMORY, IDENTITY_GIB, KERNEL, MAX_COMMAND_LINE_BYTES,
-    PAGE_TABLES, RESET_VECTOR, e820, low_ram_end,
+    ACPI_TABLES, BOOT_PARAMS, COMMAND_LINE, GDT, GDT_ENTRIES, HIGH_MEMORY, IDENTITY_GIB, KERNEL,
+    MAX_COMMAND_LINE_BYTES, PAGE_TABLES, RESET_VECTOR, e820, low_ram_end,
 };
 use super::{acpi, ports};
-
-/// Selectors of the 64-bit boot protocol, `__BOOT_CS` and `__BOOT_DS`.
-pub const CODE_SELECTOR: u16 = 0x10;
-pub const DATA_SELECTOR: u16 = 0x18;
-
-/// Null, unused, flat 64-bit code, flat data; accessed and present, ring 0.
-const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
-/// Bytes behind the base of the GDT that belong to it, less one.
-pub const GDT_LIMIT: u16 = (GDT_ENTRIES.len() * 8 - 1) as u16;
 
 /// Where a bzImage's 64-bit entry lies (boot.rst, "64-bit BOOT PROTOCOL").
 const ENTRY_64_OFFSET: u64 = 0x200;
 /// `xloadflags` bit 0: the kernel has that entry.
 const XLF_KERNEL_64: u16 = 1;
+/// Where a bzImage has its `setup_header`, what stands in `header`, and bit 0 of `loadflags`: it goes above 1 MiB.
+const HEADER_OFFSET: u64 = 0x1F1;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+const LOADED_HIGH: u8 = 1;
 /// boot.rst: a boot loader without an id of its own.
 const LOADER_UNDEFINED: u8 = 0xFF;
 const PAGE_BYTES: u64 = 4096;
@@ -71,7 +69,7 @@ pub enum BootError {
     #[error("cannot read the kernel: {0}")]
     ReadKernel(io::Error),
     #[error("the kernel is neither a bzImage nor an ELF vmlinux for x86-64: {0}")]
-    Kernel(loader::Error),
+    Kernel(&'static str),
     #[error("the kernel is a bzImage without a 64-bit entry point")]
     No64BitEntry,
     #[error(
@@ -81,49 +79,46 @@ pub enum BootError {
     #[error("the guest's memory is too small for an initrd of {bytes} bytes beside the kernel")]
     InitrdTooLarge { bytes: u64 },
     #[error("cannot read the initrd: {0}")]
-    Initrd(String),
+    ReadInitrd(io::Error),
     #[error("the kernel command line has {bytes} bytes; this kernel takes {limit}")]
     CommandLineTooLong { bytes: usize, limit: usize },
     #[error("the kernel command line contains a zero byte")]
     CommandLineHasNul,
-    #[error("guest memory refused a write: {0}")]
-    Memory(#[from] vm_memory::GuestMemoryError),
 }
 
 /// What to boot.
 pub struct Boot<'a> {
     pub kernel: &'a File,
-    pub format: KernelFormat,
     pub initrd: Option<&'a File>,
     pub command_line: &'a str,
     pub vp_count: u16,
 }
 
-/// State of the boot processor at the kernel's first instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    pub rip: u64,
-    /// RSI: address of boot_params.
-    pub boot_params: u64,
-}
+/// Numbers of the plan's files.
+pub const DATA_FILE: u8 = 0;
+pub const KERNEL_FILE: u8 = 1;
+pub const INITRD_FILE: u8 = 2;
 
-/// Fills guest RAM, which must be zero, and says where to start.
-pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, ram: &RamLayout) -> Result<Entry, BootError> {
-    let kernel = load_kernel(boot, memory, low_ram_end(ram))?;
-    let mut header = kernel.header;
+/// Draws up the plan for guest RAM that is zero. The bytes are the content of [`DATA_FILE`].
+pub fn plan(boot: &Boot<'_>, ram: &RamLayout) -> Result<(BootPlan, Vec<u8>), BootError> {
+    let mut kernel = read_kernel(boot.kernel, low_ram_end(ram))?;
+    let mut low = LowMemory::default();
     if let Some(initrd) = boot.initrd {
-        let (start, bytes) = load_initrd(initrd, memory, &kernel, low_ram_end(ram))?;
-        header.ramdisk_image = start as u32;
-        header.ramdisk_size = bytes as u32;
+        let segment = place_initrd(initrd, &kernel, low_ram_end(ram))?;
+        kernel.header.ramdisk_image = segment.gpa as u32;
+        kernel.header.ramdisk_size = segment.bytes as u32;
+        kernel.segments.push(segment);
     }
-    write_command_line(boot.command_line, memory, &mut header)?;
-    write_setup_data(memory, &mut header)?;
+    put_command_line(boot.command_line, &mut low, &mut kernel.header)?;
+    // struct setup_data: next 8, type 4, length 4, data; the data come with each power-on.
+    low.put(SETUP_DATA + 8, &SETUP_RNG_SEED.to_le_bytes());
+    low.put(SETUP_DATA + 12, &(BootPlan::SEED_BYTES as u32).to_le_bytes());
+    kernel.header.setup_data = SETUP_DATA;
 
     let tables = acpi::tables(boot.vp_count);
-    memory.write_slice(&tables.bytes, GuestAddress(ACPI_TABLES))?;
-
+    low.put(ACPI_TABLES, &tables.bytes);
     let mut params = boot_params {
-        hdr: header,
+        hdr: kernel.header,
         acpi_rsdp_addr: tables.rsdp,
         ..Default::default()
     };
@@ -135,14 +130,38 @@ pub fn load(boot: &Boot<'_>, memory: &GuestMemoryMmap, ram: &RamLayout) -> Resul
         };
         params.e820_entries += 1;
     }
-    memory.write_obj(params, GuestAddress(BOOT_PARAMS))?;
-    memory.write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR))?;
-    write_gdt(memory)?;
-    write_page_tables(memory)?;
-    Ok(Entry {
+    low.put(BOOT_PARAMS, params.as_slice());
+    low.put(RESET_VECTOR, &RESET_CODE);
+    low.put(GDT, &gdt());
+    low.put(PAGE_TABLES, &page_tables());
+    let mut segments = kernel.segments;
+    segments.extend(low.segments);
+    let plan = BootPlan {
+        segments,
+        seed_gpa: SETUP_DATA + 16,
         rip: kernel.entry,
-        boot_params: BOOT_PARAMS,
-    })
+        rsi: BOOT_PARAMS,
+    };
+    Ok((plan, low.bytes))
+}
+
+/// What is not copied from the operator's files.
+#[derive(Default)]
+struct LowMemory {
+    bytes: Vec<u8>,
+    segments: Vec<BootSegment>,
+}
+
+impl LowMemory {
+    fn put(&mut self, gpa: u64, bytes: &[u8]) {
+        self.segments.push(BootSegment {
+            file: DATA_FILE,
+            offset: self.bytes.len() as u64,
+            gpa,
+            bytes: bytes.len() as u64,
+        });
+        self.bytes.extend(bytes);
+    }
 }
 
 struct Kernel {
@@ -150,48 +169,16 @@ struct Kernel {
     /// First address that the kernel does not need before it has looked at the memory map.
     end: u64,
     header: setup_header,
+    segments: Vec<BootSegment>,
 }
 
-fn load_kernel(boot: &Boot<'_>, memory: &GuestMemoryMmap, ram_end: u64) -> Result<Kernel, BootError> {
-    let format = match boot.format {
-        KernelFormat::Auto => detect(boot.kernel)?,
-        given => given,
-    };
-    let high = Some(GuestAddress(HIGH_MEMORY));
-    let mut file = boot.kernel;
-    let kernel = match format {
-        KernelFormat::Elf | KernelFormat::Auto => {
-            let loaded = Elf::load(memory, None, &mut file, high).map_err(BootError::Kernel)?;
-            let header = setup_header {
-                type_of_loader: LOADER_UNDEFINED,
-                boot_flag: 0xAA55,
-                header: 0x5372_6448,
-                kernel_alignment: 0x100_0000,
-                initrd_addr_max: u32::MAX,
-                cmdline_size: 2047,
-                ..Default::default()
-            };
-            Kernel {
-                entry: loaded.kernel_load.0,
-                end: loaded.kernel_end,
-                header,
-            }
-        }
-        KernelFormat::BzImage => {
-            let at = Some(GuestAddress(KERNEL));
-            let loaded = BzImage::load(memory, at, &mut file, high).map_err(BootError::Kernel)?;
-            let mut header = loaded.setup_header.ok_or(BootError::No64BitEntry)?;
-            if header.xloadflags & XLF_KERNEL_64 == 0 {
-                return Err(BootError::No64BitEntry);
-            }
-            header.type_of_loader = LOADER_UNDEFINED;
-            let end = loaded.kernel_end.max(KERNEL + u64::from(header.init_size));
-            Kernel {
-                entry: KERNEL + ENTRY_64_OFFSET,
-                end,
-                header,
-            }
-        }
+fn read_kernel(file: &File, ram_end: u64) -> Result<Kernel, BootError> {
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, 0).map_err(BootError::ReadKernel)?;
+    let kernel = if magic == ELF_MAGIC {
+        read_elf(file)?
+    } else {
+        read_bzimage(file)?
     };
     if kernel.end > ram_end {
         return Err(BootError::KernelTooLarge {
@@ -202,46 +189,148 @@ fn load_kernel(boot: &Boot<'_>, memory: &GuestMemoryMmap, ram_end: u64) -> Resul
     Ok(kernel)
 }
 
-fn detect(kernel: &File) -> Result<KernelFormat, BootError> {
-    let mut magic = [0; 4];
-    kernel
-        .read_exact_at(&mut magic, 0)
+/// ELF-64's file header (System V ABI, AMD64 supplement).
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct ElfHeader {
+    magic: [u8; 4],
+    /// 2: 64 bits.
+    class: u8,
+    /// 1: little endian.
+    data: u8,
+    ident: [u8; 10],
+    kind: U16,
+    /// 62: x86-64.
+    machine: U16,
+    version: U32,
+    entry: U64,
+    program_headers: U64,
+    section_headers: U64,
+    flags: U32,
+    header_bytes: U16,
+    program_header_bytes: U16,
+    program_header_count: U16,
+    sections: [U16; 3],
+}
+
+/// ELF-64's program header.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct ProgramHeader {
+    /// 1: to be loaded.
+    kind: U32,
+    flags: U32,
+    offset: U64,
+    virtual_address: U64,
+    physical_address: U64,
+    file_bytes: U64,
+    memory_bytes: U64,
+    alignment: U64,
+}
+
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+
+fn read_elf(file: &File) -> Result<Kernel, BootError> {
+    let mut elf = ElfHeader::new_zeroed();
+    file.read_exact_at(elf.as_mut_bytes(), 0)
         .map_err(BootError::ReadKernel)?;
-    Ok(if magic == *b"\x7fELF" {
-        KernelFormat::Elf
-    } else {
-        KernelFormat::BzImage
+    if (elf.class, elf.data, elf.machine.get()) != (2, 1, 62) {
+        return Err(BootError::Kernel("the ELF file is of another architecture"));
+    }
+    if usize::from(elf.program_header_bytes.get()) != size_of::<ProgramHeader>() {
+        return Err(BootError::Kernel(
+            "the ELF file's program headers have another size",
+        ));
+    }
+    let mut programs = vec![ProgramHeader::new_zeroed(); elf.program_header_count.get().into()];
+    file.read_exact_at(programs.as_mut_bytes(), elf.program_headers.get())
+        .map_err(BootError::ReadKernel)?;
+    let (mut segments, mut end) = (Vec::new(), 0);
+    for program in programs.iter().filter(|program| program.kind.get() == 1) {
+        let gpa = program.physical_address.get();
+        end = end.max(gpa.saturating_add(program.memory_bytes.get()));
+        if program.file_bytes.get() > 0 {
+            segments.push(BootSegment {
+                file: KERNEL_FILE,
+                offset: program.offset.get(),
+                gpa,
+                bytes: program.file_bytes.get(),
+            });
+        }
+    }
+    if segments.is_empty() || elf.entry.get() < HIGH_MEMORY {
+        return Err(BootError::Kernel("the ELF file is no kernel"));
+    }
+    let header = setup_header {
+        type_of_loader: LOADER_UNDEFINED,
+        boot_flag: 0xAA55,
+        header: HEADER_MAGIC,
+        kernel_alignment: 0x100_0000,
+        initrd_addr_max: u32::MAX,
+        cmdline_size: 2047,
+        ..Default::default()
+    };
+    Ok(Kernel {
+        entry: elf.entry.get(),
+        end,
+        header,
+        segments,
     })
 }
 
-/// Puts the initrd at the top of low RAM; returns its address and length.
-fn load_initrd(
-    mut initrd: &File,
-    memory: &GuestMemoryMmap,
-    kernel: &Kernel,
-    ram_end: u64,
-) -> Result<(u64, u64), BootError> {
-    let io_error = |error: io::Error| BootError::Initrd(error.to_string());
-    let bytes = initrd.seek(SeekFrom::End(0)).map_err(io_error)?;
-    initrd.seek(SeekFrom::Start(0)).map_err(io_error)?;
-    let limit = ram_end.min(u64::from(kernel.header.initrd_addr_max) + 1);
-    let start = limit
-        .checked_sub(bytes)
-        .map(|start| start / PAGE_BYTES * PAGE_BYTES);
-    let start = start
-        .filter(|start| *start >= kernel.end)
-        .ok_or(BootError::InitrdTooLarge { bytes })?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), &mut initrd, bytes as usize)
-        .map_err(|error| BootError::Initrd(error.to_string()))?;
-    Ok((start, bytes))
+fn read_bzimage(file: &File) -> Result<Kernel, BootError> {
+    let mut header = setup_header::default();
+    file.read_exact_at(header.as_mut_slice(), HEADER_OFFSET)
+        .map_err(|_| BootError::Kernel("the file is too short"))?;
+    if header.header != HEADER_MAGIC || header.loadflags & LOADED_HIGH == 0 {
+        return Err(BootError::Kernel("it lacks a bzImage's header"));
+    }
+    if header.xloadflags & XLF_KERNEL_64 == 0 {
+        return Err(BootError::No64BitEntry);
+    }
+    let setup_sectors = match header.setup_sects {
+        0 => 4,
+        sectors => u64::from(sectors),
+    };
+    let offset = (setup_sectors + 1) * 512;
+    let length = file.metadata().map_err(BootError::ReadKernel)?.len();
+    let bytes = length
+        .checked_sub(offset)
+        .ok_or(BootError::Kernel("the file is too short"))?;
+    header.type_of_loader = LOADER_UNDEFINED;
+    header.code32_start = KERNEL as u32;
+    let needed = bytes.max(header.init_size.into());
+    Ok(Kernel {
+        entry: KERNEL + ENTRY_64_OFFSET,
+        end: KERNEL.saturating_add(needed),
+        header,
+        segments: vec![BootSegment {
+            file: KERNEL_FILE,
+            offset,
+            gpa: KERNEL,
+            bytes,
+        }],
+    })
 }
 
-fn write_command_line(
-    line: &str,
-    memory: &GuestMemoryMmap,
-    header: &mut setup_header,
-) -> Result<(), BootError> {
+/// Puts the initrd at the top of low RAM.
+fn place_initrd(initrd: &File, kernel: &Kernel, ram_end: u64) -> Result<BootSegment, BootError> {
+    let bytes = initrd.metadata().map_err(BootError::ReadInitrd)?.len();
+    let limit = ram_end.min(u64::from(kernel.header.initrd_addr_max) + 1);
+    let gpa = limit
+        .checked_sub(bytes)
+        .map(|start| start / PAGE_BYTES * PAGE_BYTES)
+        .filter(|start| *start >= kernel.end)
+        .ok_or(BootError::InitrdTooLarge { bytes })?;
+    Ok(BootSegment {
+        file: INITRD_FILE,
+        offset: 0,
+        gpa,
+        bytes,
+    })
+}
+
+fn put_command_line(line: &str, low: &mut LowMemory, header: &mut setup_header) -> Result<(), BootError> {
     let limit = (header.cmdline_size as usize).min(MAX_COMMAND_LINE_BYTES - 1);
     if line.len() > limit {
         return Err(BootError::CommandLineTooLong {
@@ -252,72 +341,87 @@ fn write_command_line(
     if line.contains('\0') {
         return Err(BootError::CommandLineHasNul);
     }
-    memory.write_slice(line.as_bytes(), GuestAddress(COMMAND_LINE))?;
-    memory.write_obj(0u8, GuestAddress(COMMAND_LINE + line.len() as u64))?;
+    low.put(COMMAND_LINE, line.as_bytes());
     header.cmd_line_ptr = COMMAND_LINE as u32;
     Ok(())
 }
 
-/// Gives the guest a seed for its random numbers: it has no disk noise and perhaps no RDRAND at this moment.
-/// Version 4 UUIDs are the kernel's random bits, all but six of each 128.
-fn write_setup_data(memory: &GuestMemoryMmap, header: &mut setup_header) -> Result<(), BootError> {
-    let seed = [
-        *Uuid::new_v4().as_bytes(),
-        *Uuid::new_v4().as_bytes(),
-        *Uuid::new_v4().as_bytes(),
-    ]
-    .concat();
-    // struct setup_data: next 8, type 4, length 4, data.
-    memory.write_obj(0u64, GuestAddress(SETUP_DATA))?;
-    memory.write_obj(SETUP_RNG_SEED, GuestAddress(SETUP_DATA + 8))?;
-    memory.write_obj(seed.len() as u32, GuestAddress(SETUP_DATA + 12))?;
-    memory.write_slice(&seed, GuestAddress(SETUP_DATA + 16))?;
-    header.setup_data = SETUP_DATA;
-    Ok(())
+/// The content of [`GDT`].
+pub fn gdt() -> Vec<u8> {
+    GDT_ENTRIES.map(u64::to_le_bytes).concat()
 }
 
-/// Writes the GDT that [`CODE_SELECTOR`] and [`DATA_SELECTOR`] select from.
-pub fn write_gdt(memory: &GuestMemoryMmap) -> Result<(), BootError> {
-    for (index, entry) in GDT_ENTRIES.iter().enumerate() {
-        memory.write_obj(*entry, GuestAddress(GDT + index as u64 * 8))?;
-    }
-    Ok(())
-}
-
-/// Maps the first [`IDENTITY_GIB`] one to one by 2 MiB pages.
-pub fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), BootError> {
+/// Tables for address [`PAGE_TABLES`] that map the first [`IDENTITY_GIB`] one to one by 2 MiB pages.
+pub fn page_tables() -> Vec<u8> {
     // Intel SDM volume 3, 4.5: present 0, writable 1, page size 7.
     const TABLE: u64 = 0b11;
     const LARGE_PAGE: u64 = 1 << 7 | 0b11;
+    let page = |entries: Vec<u64>| {
+        let mut bytes: Vec<u8> = entries.into_iter().flat_map(u64::to_le_bytes).collect();
+        bytes.resize(bytes.len().next_multiple_of(PAGE_BYTES as usize), 0);
+        bytes
+    };
     let pdpt = PAGE_TABLES + PAGE_BYTES;
     let directories = pdpt + PAGE_BYTES;
-    memory.write_obj(pdpt | TABLE, GuestAddress(PAGE_TABLES))?;
-    for gib in 0..IDENTITY_GIB {
-        memory.write_obj(
-            (directories + gib * PAGE_BYTES) | TABLE,
-            GuestAddress(pdpt + gib * 8),
-        )?;
-    }
-    let entries: Vec<u8> = (0..IDENTITY_GIB * 512)
-        .flat_map(|index| (index << 21 | LARGE_PAGE).to_le_bytes())
-        .collect();
-    memory.write_slice(&entries, GuestAddress(directories))?;
-    Ok(())
+    let pml4 = page(vec![pdpt | TABLE]);
+    let pdpt = (0..IDENTITY_GIB).map(|gib| (directories + gib * PAGE_BYTES) | TABLE);
+    let directories = (0..IDENTITY_GIB * 512).map(|index| index << 21 | LARGE_PAGE);
+    [pml4, page(pdpt.collect()), page(directories.collect())].concat()
+}
+
+/// The smallest file that passes for a kernel, for tests in which another program plays `bulkhead-vcpu`: an ELF with one
+/// instruction, HLT.
+pub fn halting_kernel() -> Vec<u8> {
+    let elf = ElfHeader {
+        magic: ELF_MAGIC,
+        class: 2,
+        data: 1,
+        machine: 62.into(),
+        entry: KERNEL.into(),
+        program_headers: (size_of::<ElfHeader>() as u64).into(),
+        program_header_bytes: (size_of::<ProgramHeader>() as u16).into(),
+        program_header_count: 1.into(),
+        ..ElfHeader::new_zeroed()
+    };
+    let program = ProgramHeader {
+        kind: 1.into(),
+        offset: ((size_of::<ElfHeader>() + size_of::<ProgramHeader>()) as u64).into(),
+        physical_address: KERNEL.into(),
+        file_bytes: 1.into(),
+        memory_bytes: 1.into(),
+        ..ProgramHeader::new_zeroed()
+    };
+    [elf.as_bytes(), program.as_bytes(), &[0xF4]].concat()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
     const MIB: u64 = 1 << 20;
 
-    fn memory(bytes: u64) -> (GuestMemoryMmap, RamLayout) {
-        let ranges = [(GuestAddress(0), bytes as usize)];
-        (
-            GuestMemoryMmap::from_ranges(&ranges).expect("anonymous memory"),
-            RamLayout::for_size(bytes),
-        )
+    /// Guest memory after power-on by a plan.
+    fn carried_out(boot: &Boot<'_>, bytes: u64) -> (BootPlan, GuestMemoryMmap) {
+        let (plan, data) = plan(boot, &RamLayout::for_size(bytes)).expect("planned");
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes as usize)]).expect("memory");
+        let data = file(&data);
+        for segment in &plan.segments {
+            let from = [Some(&data), Some(boot.kernel), boot.initrd][usize::from(segment.file)];
+            let mut bytes = vec![0; segment.bytes as usize];
+            from.expect("given")
+                .read_exact_at(&mut bytes, segment.offset)
+                .expect("there");
+            memory
+                .write_slice(&bytes, GuestAddress(segment.gpa))
+                .expect("in RAM");
+        }
+        (plan, memory)
+    }
+
+    fn refused(boot: &Boot<'_>, bytes: u64) -> BootError {
+        plan(boot, &RamLayout::for_size(bytes)).expect_err("refused")
     }
 
     fn file(content: &[u8]) -> File {
@@ -346,7 +450,6 @@ mod tests {
     fn boot<'a>(kernel: &'a File, initrd: Option<&'a File>, command_line: &'a str) -> Boot<'a> {
         Boot {
             kernel,
-            format: KernelFormat::Auto,
             initrd,
             command_line,
             vp_count: 2,
@@ -355,17 +458,11 @@ mod tests {
 
     #[test]
     fn a_bzimage_is_entered_at_its_64_bit_entry_with_boot_params_in_place() {
-        let (memory, ram) = memory(64 * MIB);
         let kernel = file(&bzimage(XLF_KERNEL_64, 2 << 20, 8192));
         let initrd = file(&[0x5A; 5000]);
-        let entry = load(&boot(&kernel, Some(&initrd), "console=ttyS0"), &memory, &ram).expect("loads");
-        assert_eq!(
-            entry,
-            Entry {
-                rip: 0x100_0200,
-                boot_params: 0x7000
-            }
-        );
+        let (plan, memory) = carried_out(&boot(&kernel, Some(&initrd), "console=ttyS0"), 64 * MIB);
+        assert_eq!((plan.rip, plan.rsi), (0x100_0200, 0x7000));
+        assert_eq!(plan.seed_gpa, 0x8010);
 
         let params: boot_params = memory.read_obj(GuestAddress(BOOT_PARAMS)).expect("in RAM");
         let header = params.hdr;
@@ -400,10 +497,41 @@ mod tests {
     }
 
     #[test]
+    fn the_guest_is_told_of_a_seed_where_power_on_puts_one() {
+        let kernel = file(&halting_kernel());
+        let (plan, memory) = carried_out(&boot(&kernel, None, ""), 64 * MIB);
+        let params: boot_params = memory.read_obj(GuestAddress(BOOT_PARAMS)).expect("in RAM");
+        let word = |gpa: u64| memory.read_obj::<u32>(GuestAddress(gpa)).expect("in RAM");
+        let data = { params.hdr.setup_data };
+        assert_eq!((word(data), word(data + 4)), (0, 0), "no other follows");
+        assert_eq!((word(data + 8), word(data + 12)), (9, 48));
+        assert_eq!(plan.seed_gpa, data + 16);
+    }
+
+    #[test]
+    fn an_elf_is_entered_at_its_entry_with_its_segments_in_place() {
+        let kernel = file(&halting_kernel());
+        let (plan, memory) = carried_out(&boot(&kernel, None, ""), 64 * MIB);
+        assert_eq!(plan.rip, 0x100_0000);
+        assert_eq!(
+            memory.read_obj::<u8>(GuestAddress(plan.rip)).expect("in RAM"),
+            0xF4
+        );
+        let mut other = halting_kernel();
+        other[18] = 183;
+        assert!(matches!(
+            refused(&boot(&file(&other), None, ""), 64 * MIB),
+            BootError::Kernel(_)
+        ));
+    }
+
+    #[test]
     fn page_tables_map_four_gibibytes_one_to_one() {
-        let (memory, _) = memory(64 * MIB);
-        write_page_tables(&memory).expect("in RAM");
-        let word = |gpa: u64| memory.read_obj::<u64>(GuestAddress(gpa)).expect("in RAM");
+        let tables = page_tables();
+        let word = |gpa: u64| {
+            let at = (gpa - PAGE_TABLES) as usize;
+            u64::from_le_bytes(tables[at..at + 8].try_into().expect("eight bytes"))
+        };
         let address: u64 = 0xFEE0_1234;
         let pdpt = word(PAGE_TABLES + (address >> 39) * 8) & !0xFFF;
         let directory = word(pdpt + (address >> 30 & 511) * 8) & !0xFFF;
@@ -412,38 +540,34 @@ mod tests {
 
     #[test]
     fn a_kernel_or_initrd_that_does_not_fit_is_refused_with_a_reason() {
-        let (memory, ram) = memory(32 * MIB);
         let kernel = file(&bzimage(XLF_KERNEL_64, 17 << 20, 4096));
-        let error = load(&boot(&kernel, None, ""), &memory, &ram).expect_err("too large");
+        let error = refused(&boot(&kernel, None, ""), 32 * MIB);
         assert!(matches!(error, BootError::KernelTooLarge { .. }), "{error}");
         let kernel = file(&bzimage(XLF_KERNEL_64, 4 << 20, 4096));
         let initrd = file(&vec![0; 13 << 20]);
-        let error = load(&boot(&kernel, Some(&initrd), ""), &memory, &ram).expect_err("too large");
+        let error = refused(&boot(&kernel, Some(&initrd), ""), 32 * MIB);
         assert!(matches!(error, BootError::InitrdTooLarge { .. }), "{error}");
     }
 
     #[test]
     fn files_that_are_no_kernel_are_refused() {
-        let (memory, ram) = memory(64 * MIB);
         for content in [
             vec![],
             b"#!/bin/sh\n".to_vec(),
             vec![0; 4096],
             b"\x7fELF".to_vec(),
         ] {
-            assert!(load(&boot(&file(&content), None, ""), &memory, &ram).is_err());
+            refused(&boot(&file(&content), None, ""), 64 * MIB);
         }
         let no_entry = file(&bzimage(0, 1 << 20, 4096));
-        let error = load(&boot(&no_entry, None, ""), &memory, &ram).expect_err("32-bit");
+        let error = refused(&boot(&no_entry, None, ""), 64 * MIB);
         assert!(matches!(error, BootError::No64BitEntry));
     }
 
     #[test]
     fn a_command_line_longer_than_the_kernel_takes_is_refused_not_cut() {
-        let (memory, ram) = memory(64 * MIB);
         let kernel = file(&bzimage(XLF_KERNEL_64, 1 << 20, 4096));
-        let line = "x".repeat(2048);
-        let error = load(&boot(&kernel, None, &line), &memory, &ram).expect_err("too long");
+        let error = refused(&boot(&kernel, None, &"x".repeat(2048)), 64 * MIB);
         assert!(matches!(
             error,
             BootError::CommandLineTooLong {
@@ -451,7 +575,7 @@ mod tests {
                 limit: 2047
             }
         ));
-        let error = load(&boot(&kernel, None, "a\0b"), &memory, &ram).expect_err("zero byte");
+        let error = refused(&boot(&kernel, None, "a\0b"), 64 * MIB);
         assert!(matches!(error, BootError::CommandLineHasNul));
     }
 }

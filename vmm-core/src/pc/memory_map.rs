@@ -14,6 +14,13 @@
 use vmbus::mem::RamLayout;
 
 pub const GDT: u64 = 0x500;
+/// Null, unused, flat 64-bit code, flat data; accessed and present, ring 0.
+pub const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF];
+/// Bytes behind the base of the GDT that belong to it, less one.
+pub const GDT_LIMIT: u16 = (GDT_ENTRIES.len() * 8 - 1) as u16;
+/// Selectors of the 64-bit boot protocol, `__BOOT_CS` and `__BOOT_DS`.
+pub const CODE_SELECTOR: u16 = 0x10;
+pub const DATA_SELECTOR: u16 = 0x18;
 pub const BOOT_PARAMS: u64 = 0x7000;
 /// PML4, then the PDPT, then [`IDENTITY_GIB`] page directories.
 pub const PAGE_TABLES: u64 = 0x9000;

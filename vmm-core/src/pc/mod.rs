@@ -6,7 +6,8 @@
 //! 64-bit boot protocol; hardware-reduced ACPI describes the processors, the I/O APIC, one serial port and the
 //! VMBus device. Whatever else it probes answers all-ones.
 //!
-//! Pure, but for `boot.rs`, which reads kernel and initrd from their descriptors straight into guest RAM.
+//! Pure, but for `boot.rs`, which reads the kernel's headers. It and `acpi.rs` are the supervisor's: `bulkhead-vcpu` only
+//! copies what they have drawn up.
 
 #![forbid(unsafe_code)]
 

@@ -8,6 +8,8 @@
 //! Only accesses of one byte have an effect: port 0xCF9 lies within the four bytes of the PCI address port, and Linux's
 //! probe for PCI writes those at once.
 
+/// I/O APIC pin of the power button's event device.
+pub const POWER_BUTTON_GSI: u32 = 5;
 /// Sleep control register (ACPI 6.5 section 4.8.3.7).
 pub const SLEEP_CONTROL: u16 = 0x0600;
 /// Sleep status register (same place).

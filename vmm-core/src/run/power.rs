@@ -2,16 +2,19 @@
 //! Power-on: guest memory filled, a new VM, vCPUs at the kernel's entry. At the first start and at each reset alike.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::sync::Arc;
 
-use vmbus::ipc::{KernelFormat, Populate};
+use anyhow::Context;
+use uuid::Uuid;
+use vm_memory::{Bytes, GuestAddress};
+use vmbus::ipc::{BootPlan, Populate};
 
 use super::partition::{Pages, Partition};
 use super::populate;
 use crate::hyperv::reference_tsc::ReferenceClock;
 use crate::kvm::{Event, GuestMapping, Kvm, Vcpu, Vm};
-use crate::pc::acpi::POWER_BUTTON_GSI;
-use crate::pc::boot::{self, Boot};
+use crate::pc::ports::POWER_BUTTON_GSI;
 use crate::pc::serial::COM1_GSI;
 
 /// What does not change from one power-on to the next.
@@ -20,10 +23,9 @@ pub struct Hardware {
     pub memory: Arc<GuestMapping>,
     pub pages: Arc<Pages>,
     pub vp_count: u16,
-    pub kernel: File,
-    pub kernel_format: KernelFormat,
-    pub initrd: Option<File>,
-    pub command_line: String,
+    pub boot: BootPlan,
+    /// What the plan copies from.
+    pub boot_files: Vec<File>,
     pub populate: Populate,
     /// Interrupt line of the serial port.
     pub serial_interrupt: Event,
@@ -43,14 +45,7 @@ impl Hardware {
     /// Makes the machine anew. Guest RAM is zero: it has just been made, or wiped.
     pub fn power_on(&self) -> anyhow::Result<PoweredOn> {
         let ram_pages = populate::prepare(&self.memory, self.populate)?;
-        let boot = Boot {
-            kernel: &self.kernel,
-            format: self.kernel_format,
-            initrd: self.initrd.as_ref(),
-            command_line: &self.command_line,
-            vp_count: self.vp_count,
-        };
-        let entry = boot::load(&boot, self.memory.memory(), self.memory.layout())?;
+        self.fill_memory()?;
         let vm = Vm::new(&self.kvm, self.memory.clone())?;
         vm.bind_pin(&self.serial_interrupt, COM1_GSI)?;
         vm.bind_pin(&self.button, POWER_BUTTON_GSI)?;
@@ -58,7 +53,7 @@ impl Hardware {
         let first = vcpus
             .first()
             .ok_or_else(|| anyhow::anyhow!("a VM has at least one vCPU"))?;
-        first.enter_kernel(entry)?;
+        first.enter_kernel(self.boot.rip, self.boot.rsi)?;
         let tsc_khz = first.tsc_khz()?;
         let clock = ReferenceClock::new(tsc_khz, first.tsc()?)
             .ok_or_else(|| anyhow::anyhow!("a TSC of {tsc_khz} kHz cannot be the guest's clock"))?;
@@ -69,5 +64,23 @@ impl Hardware {
             vcpus,
             ram_pages,
         })
+    }
+
+    /// Carries out the boot plan. The files' offsets are ours alone: nobody else reads by them.
+    fn fill_memory(&self) -> anyhow::Result<()> {
+        let memory = self.memory.memory();
+        for segment in &self.boot.segments {
+            let (gpa, bytes) = (segment.gpa, segment.bytes);
+            let file = self.boot_files.get(usize::from(segment.file));
+            let mut file = file.context("the boot plan names a file that was not handed over")?;
+            file.seek(SeekFrom::Start(segment.offset))?;
+            memory
+                .read_exact_volatile_from(GuestAddress(gpa), &mut file, bytes as usize)
+                .with_context(|| format!("cannot copy {bytes} bytes of the boot plan to {gpa:#x}"))?;
+        }
+        // Version 4 UUIDs are the kernel's random bits, all but six of each 128.
+        let seed = [(); BootPlan::SEED_BYTES / 16].map(|()| *Uuid::new_v4().as_bytes());
+        memory.write_slice(seed.as_flattened(), GuestAddress(self.boot.seed_gpa))?;
+        Ok(())
     }
 }

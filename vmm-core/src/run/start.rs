@@ -26,8 +26,8 @@ const MEMORY_STEP_BYTES: u64 = 2 << 20;
 pub struct Start {
     pub config: VcpuConfig,
     pub kvm: OwnedFd,
-    pub kernel: File,
-    pub initrd: Option<File>,
+    /// Files of the boot plan, by number.
+    pub boot_files: Vec<File>,
     pub console_in: Option<OwnedFd>,
     pub console_out: Option<OwnedFd>,
 }
@@ -55,10 +55,13 @@ pub fn receive(socket: &mut Socket) -> anyhow::Result<Start> {
     };
     check_protocol(protocol)?;
     let mut fds = NamedFds::new(names, fds)?;
+    let mut boot_files = Vec::new();
+    while let Some(file) = fds.take_optional(&format!("boot{}", boot_files.len())) {
+        boot_files.push(File::from(file));
+    }
     let start = Start {
         kvm: fds.take("kvm")?,
-        kernel: File::from(fds.take("kernel")?),
-        initrd: fds.take_optional("initrd").map(File::from),
+        boot_files,
         console_in: fds.take_optional("console-in"),
         console_out: fds.take_optional("console-out"),
         config,

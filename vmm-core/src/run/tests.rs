@@ -27,7 +27,8 @@ use crate::hyperv::hypercall_page::SIGNAL_PORT;
 use crate::hyperv::msr;
 use crate::hyperv::reference_tsc::ReferenceClock;
 use crate::kvm::{Event, GuestMapping, Kick, Kvm, Vcpu, Vm, install_kick_handler};
-use crate::pc::boot::{self, Entry};
+use crate::pc::boot;
+use crate::pc::memory_map::{CODE_SELECTOR, GDT, PAGE_TABLES};
 use crate::pc::serial::{COM1_BASE, COM1_GSI, Console, Output};
 use vmbus::wire::{ChannelId, Guid};
 
@@ -217,17 +218,14 @@ impl Bench {
 
     fn start(&mut self, code: Code) {
         let memory = self.memory.memory();
-        boot::write_page_tables(memory).expect("page tables");
-        boot::write_gdt(memory).expect("GDT");
+        let tables = memory.write_slice(&boot::page_tables(), GuestAddress(PAGE_TABLES));
+        tables.expect("page tables");
+        memory.write_slice(&boot::gdt(), GuestAddress(GDT)).expect("GDT");
         let code = Code::default().set(RSP, STACK).bytes(&code.power_off()).0;
         memory.write_slice(&code, GuestAddress(CODE)).expect("code");
         self.write_interrupt_table();
         let vcpu = self.vcpu.take().expect("started once");
-        vcpu.enter_kernel(Entry {
-            rip: CODE,
-            boot_params: 0,
-        })
-        .expect("registers");
+        vcpu.enter_kernel(CODE, 0).expect("registers");
         let (sender, receiver): (Sender<Vcpu>, Receiver<Vcpu>) = channel();
         let shared = self.shared.clone();
         self.shared.gate.expect(1);
@@ -305,7 +303,7 @@ impl Bench {
         self.write(at, &handler());
         let mut gate = [0u8; 16];
         gate[0..2].copy_from_slice(&(at as u16).to_le_bytes());
-        gate[2..4].copy_from_slice(&boot::CODE_SELECTOR.to_le_bytes());
+        gate[2..4].copy_from_slice(&CODE_SELECTOR.to_le_bytes());
         gate[5] = 0x8E;
         gate[6..8].copy_from_slice(&((at >> 16) as u16).to_le_bytes());
         self.write(IDT + u64::from(VECTOR) * 16, &gate);

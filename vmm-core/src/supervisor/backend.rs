@@ -304,16 +304,8 @@ fn host_memory(meminfo: &str) -> Option<Size> {
     total.checked_mul(1024).map(Size)
 }
 
-/// Opens what `bulkhead-vcpu` gets besides its console.
-pub fn open_machine(kernel: &Path, initrd: Option<&Path>) -> Result<Named> {
-    let mut named: Named = vec![("kvm", open_kvm()?), ("kernel", open_image("kernel", kernel)?)];
-    if let Some(initrd) = initrd {
-        named.push(("initrd", open_image("initrd", initrd)?));
-    }
-    Ok(named)
-}
-
-fn open_kvm() -> Result<OwnedFd> {
+/// Opens /dev/kvm.
+pub fn open_kvm() -> Result<OwnedFd> {
     let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let file = opened.map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => anyhow!(
@@ -327,7 +319,8 @@ fn open_kvm() -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-fn open_image(what: &str, path: &Path) -> Result<OwnedFd> {
+/// Opens a kernel or an initrd.
+pub fn open_image(what: &str, path: &Path) -> Result<File> {
     let shown = path.display();
     let file = File::open(path).with_context(|| format!("cannot open the {what} {shown}"))?;
     let metadata = file
@@ -339,7 +332,7 @@ fn open_image(what: &str, path: &Path) -> Result<OwnedFd> {
     if metadata.len() == 0 {
         bail!("the {what} {shown} is empty");
     }
-    Ok(file.into())
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@
 //! | `plan.rs` | description to processes, pure |
 //! | `policy.rs` | death to restart or hold, pure |
 //! | `backend.rs` | the one place where paths are opened |
+//! | `boot_plan.rs` | what goes into guest memory at power-on |
 //! | `process.rs` | a running child |
 //! | `room.rs` | a device and its servers |
 //! | `events.rs` | the loop |
@@ -45,6 +46,7 @@
 
 pub mod adopt;
 pub mod backend;
+pub mod boot_plan;
 pub mod chronicle;
 mod clock;
 pub mod console;
@@ -225,7 +227,17 @@ impl Supervisor {
 
         // Everything that can be a person's mistake comes before the first process.
         backend::check_memory(spec.memory)?;
-        let mut machine = backend::open_machine(&plan.kernel, plan.initrd.as_deref())?;
+        let (boot, mut machine) = boot_plan::draw_up(
+            backend::open_image("kernel", &spec.kernel)?,
+            spec.initrd
+                .as_deref()
+                .map(|initrd| backend::open_image("initrd", initrd))
+                .transpose()?,
+            &spec.cmdline,
+            spec.vcpus.get(),
+            spec.memory.0,
+        )?;
+        machine.push(("kvm", backend::open_kvm()?));
         let mut rooms = room::open(&plan, spec)?;
         let (input, console_in) = Input::new(&spec.console).context("cannot set up the console")?;
         machine.push(("console-in", console_in));
@@ -238,7 +250,7 @@ impl Supervisor {
         let fds: Vec<BorrowedFd<'_>> = machine.iter().map(|(_, fd)| fd.as_fd()).collect();
         let start = SupervisorToVcpu::Start {
             protocol: PROTOCOL,
-            config: plan.vcpu.clone(),
+            config: plan::vcpu(spec, boot),
             fds: names,
         };
         tell_vcpu(&mut vcpu, &start, &fds)?;

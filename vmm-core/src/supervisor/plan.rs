@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vmbus::ipc::{KernelFormat, VcpuConfig};
+use vmbus::ipc::{BootPlan, VcpuConfig};
 use vmbus::wire::Guid;
 
 use crate::spec::{CacheMode, DiskSource, DiskSpec, Mac, Name, NetBackend, NetSpec, VmSpec};
@@ -28,12 +28,9 @@ const MAX_DISK_SUB_CHANNELS: u16 = 15;
 /// Limit: queues of a network interface that is not told how many. What Linux 6.1 netvsc takes by itself.
 const DEFAULT_QUEUES: u16 = 8;
 
-/// All processes of a VM.
+/// All device servers of a VM.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    pub vcpu: VcpuConfig,
-    pub kernel: PathBuf,
-    pub initrd: Option<PathBuf>,
     pub rooms: Vec<Room>,
 }
 
@@ -142,21 +139,19 @@ pub fn plan(spec: &VmSpec) -> Plan {
     for (index, net) in spec.nets.iter().enumerate() {
         rooms.push(net_room(spec, index, net, number(rooms.len())));
     }
-    Plan {
-        vcpu: VcpuConfig {
-            name: spec.name.to_string(),
-            vcpus: spec.vcpus.get(),
-            memory_bytes: spec.memory.0,
-            cmdline: spec.cmdline.clone(),
-            kernel_format: KernelFormat::Auto,
-            require_full_sandbox: spec.require_full_sandbox,
-            log: spec.log.clone(),
-            populate: spec.populate,
-            on_reset: spec.on_reset,
-        },
-        kernel: spec.kernel.clone(),
-        initrd: spec.initrd.clone(),
-        rooms,
+    Plan { rooms }
+}
+
+/// What `bulkhead-vcpu` is to be.
+pub fn vcpu(spec: &VmSpec, boot: BootPlan) -> VcpuConfig {
+    VcpuConfig {
+        vcpus: spec.vcpus.get(),
+        memory_bytes: spec.memory.0,
+        boot,
+        require_full_sandbox: spec.require_full_sandbox,
+        log: spec.log.clone(),
+        populate: spec.populate,
+        on_reset: spec.on_reset,
     }
 }
 

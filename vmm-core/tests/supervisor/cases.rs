@@ -16,6 +16,7 @@ use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
+use vmm_core::pc::boot::halting_kernel;
 use vmm_core::supervisor::control::{Reply, Request, connect_to};
 
 /// Limit: for everything that a test waits for.
@@ -103,7 +104,7 @@ impl Place {
         for program in ["bulkhead-vcpu", "bulkhead-block"] {
             symlink(&this, folder.path().join(program)).expect("linked");
         }
-        std::fs::write(folder.path().join("kernel"), "a kernel").expect("written");
+        std::fs::write(folder.path().join("kernel"), halting_kernel()).expect("written");
         Place { folder }
     }
 

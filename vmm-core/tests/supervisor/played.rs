@@ -5,14 +5,16 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmbus::ipc::server_start::NamedFds;
 use vmbus::ipc::{
-    ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToServer, SupervisorToVcpu,
-    VcpuToSupervisor,
+    BootPlan, ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToServer,
+    SupervisorToVcpu, VcpuToSupervisor,
 };
+use vmm_core::pc::memory_map::COMMAND_LINE;
 
 /// What the names of programs begin with that servers are swapped for; their play follows.
 pub const SWAPPED: &str = "swapped-";
@@ -47,6 +49,17 @@ fn control() -> Socket {
     Socket::new(sandbox::inherited_control_fd().expect("started by a supervisor"))
 }
 
+/// What the guest's kernel would be told.
+fn command_line(plan: &BootPlan, fds: &mut NamedFds) -> String {
+    let mut segments = plan.segments.iter();
+    let line = segments.find(|segment| segment.gpa == COMMAND_LINE);
+    let line = line.expect("a command line");
+    let file = File::from(fds.take(&format!("boot{}", line.file)).expect("there"));
+    let mut text = vec![0; line.bytes as usize];
+    file.read_exact_at(&mut text, line.offset).expect("there");
+    String::from_utf8(text).expect("text")
+}
+
 pub fn vcpu() -> ExitCode {
     let mut socket = control();
     let Some((
@@ -61,7 +74,7 @@ pub fn vcpu() -> ExitCode {
     let mut fds = NamedFds::new(names, fds).expect("named");
     let mut console_in = File::from(fds.take("console-in").expect("there"));
     let mut console_out = File::from(fds.take("console-out").expect("there"));
-    let play = config.cmdline.clone();
+    let play = command_line(&config.boot, &mut fds);
     let say = |socket: &mut Socket, message: VcpuToSupervisor| {
         // The supervisor may be gone; then there is nobody to play for.
         socket.send(&message, &[]).ok();

@@ -144,6 +144,7 @@ const GROUPS: &[Group] = &[
         names: &[
             "ring-256",
             "ring-64k",
+            "ring-64k-filled",
             "ring-256-polled",
             "ring-64k-inline",
             "ring-64k-crossing",

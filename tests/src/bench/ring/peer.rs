@@ -63,7 +63,8 @@ impl Peer {
             Round::Plain256Paced => self.shared.write_plain(count, kind.bytes(), true)?,
             Round::Polled256 | Round::Polled64k => self.shared.write_ring(count, kind.bytes())?,
             Round::Served256 => self.guest.send_small(count)?,
-            Round::Served64k => self.guest.send_large(count)?,
+            Round::Served64k => self.guest.send_large(count, false)?,
+            Round::Filled64k => self.guest.send_large(count, true)?,
             Round::Quit => {}
         }
         while self.shared.done()? != word {
@@ -137,7 +138,7 @@ pub fn peer() -> Result<ExitCode> {
             Round::Plain256Paced => shared.read_plain(count, kind.bytes(), true)?,
             Round::Polled256 | Round::Polled64k => shared.read_ring(count)?,
             Round::Served256 => server.read_small(count)?,
-            Round::Served64k => server.read_large(count)?,
+            Round::Served64k | Round::Filled64k => server.read_large(count)?,
             Round::Quit => return Ok(ExitCode::SUCCESS),
         }
         shared.say_done(word)?;

@@ -20,7 +20,7 @@ const HEAD_BYTES: usize = 64;
 /// Packets that the server reads between two looks at everything else, as device-block does.
 const BATCH: usize = 64;
 /// Requests that it answers together if each is a copy of 64 KiB: half of what is in flight, so that guest and server can
-/// both be at work.
+/// both be at work. Fewer, and the guest's interrupts cost more than it gains.
 const LARGE_BATCH: usize = DEPTH as usize / 2;
 /// The device's own mark in the journal.
 const KIND: u8 = 1;
@@ -75,9 +75,9 @@ impl Guest {
         Ok(())
     }
 
-    /// Fills buffers and sends requests on them, each published by itself, as long as there are free ones; takes what answers
-    /// are there; waits when there is nothing else to do.
-    pub(super) fn send_large(&mut self, count: u64) -> Result<()> {
+    /// Sends requests on buffers, each published by itself, as long as there are free ones; takes what answers are there; waits
+    /// when there is nothing else to do. With `fill`, each buffer gets new data; else only its ends do.
+    pub(super) fn send_large(&mut self, count: u64, fill: bool) -> Result<()> {
         let head = [0x5A_u8; HEAD_BYTES];
         let mut free: Vec<u64> = (0..DEPTH).rev().collect();
         let (mut issued, mut done) = (0, 0);
@@ -89,7 +89,13 @@ impl Guest {
                 let range = (gpa, LARGE_BYTES as u32);
                 let mut spans = self.guest.ram().spans();
                 spans.append(self.guest.ram().span(gpa, LARGE_BYTES as u32)?)?;
-                spans.fill(0, LARGE_BYTES, issued as u8)?;
+                match fill {
+                    true => spans.fill(0, LARGE_BYTES, issued as u8)?,
+                    false => {
+                        spans.fill(0, 1, issued as u8)?;
+                        spans.fill(LARGE_BYTES - 1, 1, issued as u8)?;
+                    }
+                }
                 // The number tells the server what has to be in the buffer; the answer tells us which one is free.
                 let id = issued << 8 | buffer;
                 self.channel.send_gpa_direct(id, &[range], &[&head])?;

@@ -71,7 +71,7 @@ const EVENTS_PER_WAIT: usize = 32;
 
 /// Limit: how long a server that was told to stop waits for the backend to take what the guest sent before. A network that
 /// reads takes it in far less, and the guest's frames wait for the successor meanwhile; one that does not read loses them.
-const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(50);
+const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(500);
 
 /// Why a server ends other than by being told to.
 #[derive(Debug, Error)]

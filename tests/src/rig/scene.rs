@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Rig, RigError, RigSpec};
+use super::{EXIT_RIG_AT_FAULT, Rig, RigError, RigSpec};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -108,7 +108,9 @@ impl Scenes {
             .file(&format!("/root/{name}.sh"), format!("{GUEST}\n{script}").as_str());
         self.spec.timeout += Duration::from_secs(seconds);
         // A subshell, so that a scene that goes wrong does not hide those after it.
-        self.script += &format!("echo '=== {name}'\n( {around}\n) || echo \"FAILED status $?\"\n");
+        self.script += &format!(
+            "echo '=== {name}'\n( {around}\n) || {{ status=$?; [ $status != {EXIT_RIG_AT_FAULT} ] || exit $status; echo \"FAILED status $status\"; }}\n"
+        );
         self.scenes.push(Scene {
             name,
             says: says.iter().map(ToString::to_string).collect(),

@@ -224,7 +224,10 @@ fn on_exit(shared: &Shared, counters: &ExitCounters, exit: Exit<'_>) -> Next {
         }
         Exit::Interrupted => counters.count(Kind::Interrupted),
         // The processor would reset itself; a PC's chip set resets it.
-        Exit::Shutdown => return Next::End(Ending::Reset),
+        Exit::Shutdown => {
+            tracing::warn!("triple fault");
+            return Next::End(Ending::Reset);
+        }
         Exit::Fault(why) => return Next::End(Ending::Fault(why)),
     }
     Next::Enter

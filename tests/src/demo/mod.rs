@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a Debian guest with a disk and a network card, and the four processes that run it.
+//! `cargo xtask demo`: a Debian guest with a disk and a network card, and the processes that run it.
 //!
 //! The demo runs on this host if `bulkhead doctor` says that a Linux guest boots here, else in the nested rig. Both ways run
 //! [`here`]: in the rig it is this same program, started by the rig with `--here`.

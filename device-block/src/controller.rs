@@ -151,11 +151,14 @@ impl Controller {
                     if !file.proves_end() {
                         file.set_registered(next_file);
                         next_file += 1;
-                        tracing::warn!(
-                            lun = disk.lun,
-                            "the disk's file system is not one that tells when I/O is over: should this server \
-                             die, its successor waits until the kernel has torn down its io_uring"
-                        );
+                        // Of a disk that is only read that is as it should be: see `vmbus::lease`.
+                        if !disk.read_only {
+                            tracing::warn!(
+                                lun = disk.lun,
+                                "the disk's file system is not one that tells when I/O is over: should this server \
+                                 die, its successor waits until the kernel has torn down its io_uring"
+                            );
+                        }
                     }
                     Box::new(file)
                 }

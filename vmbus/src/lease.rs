@@ -8,8 +8,10 @@
 //! - *Owner*, one byte for all: held by the supervisor on a description of its own for as long as its VM lives, whatever
 //!   happens to servers. Alone to write, together with others to read.
 //! - *Lease*, one byte for each device of each VM: held by the server that does I/O, on a description that was opened for
-//!   this generation and that nobody else keeps. The byte is the number of the device's journal, so successors compete for
-//!   one byte and VMs that share a disk to read do not.
+//!   this generation and that nobody else keeps. The byte is the number of the device's journal.
+//!
+//! A disk that is only read has no lease: other VMs may read it, too, and a lease on a description that cannot write is a
+//! lock that any of their servers could have on any byte and never give back. No tenant may keep another one's disk waiting.
 //!
 //! # What a lease proves
 //! When a lease is free, no request of its holder is in flight, neither one that writes to the disk nor one that reads
@@ -122,9 +124,13 @@ pub fn is_free(disk: BorrowedFd<'_>, lease: Place) -> Result<bool, Errno> {
     is_locked(disk, lease, libc::F_WRLCK).map(|locked| !locked)
 }
 
-/// Whether a free lease of this disk proves that I/O is over: on block devices, and on file systems of this host that
-/// leave locks to the kernel and hold a request until the block layer, or the copy to the page cache, is done with it.
+/// Whether a free lease of this disk proves that I/O is over: if it can be written, and is a block device or on a file system
+/// of this host that leaves locks to the kernel and holds a request until the block layer, or the copy to the page
+/// cache, is done with it.
 pub fn proves_end(disk: BorrowedFd<'_>) -> bool {
+    if kind(disk) != Ok(libc::F_WRLCK) {
+        return false;
+    }
     // linux/magic.h. Btrfs, ext2 to ext4, F2FS, overlayfs (its requests hold the file above and the one below), tmpfs, XFS.
     const LOCAL: [u32; 6] = [
         0x9123_683E,
@@ -227,6 +233,13 @@ mod tests {
         drop(old);
         assert_eq!(is_free(owner.as_fd(), place), Ok(true));
         assert_eq!(try_lock(new.as_fd(), place), Ok(true));
+    }
+
+    #[test]
+    fn a_disk_that_others_may_read_proves_nothing() {
+        let disk = disk();
+        assert!(proves_end(open(disk.path(), true).as_fd()));
+        assert!(!proves_end(open(disk.path(), false).as_fd()));
     }
 
     #[test]

@@ -401,15 +401,27 @@ mod tests {
         std::fs::write(&path, [7; 1024]).expect("written");
         let journal = sealed_memfd("journal", 4096).expect("a memfd");
         let place = Place::lease(journal.as_fd()).expect("a place");
-        for read_only in [false, true] {
-            let held = open_disk(&path, read_only).expect("a disk");
-            let server = held.for_server().expect("opened again");
-            assert!(held.is_free(journal.as_fd()));
-            assert_eq!(lease::try_lock(server.as_fd(), place), Ok(true));
-            assert!(!held.is_free(journal.as_fd()));
-            drop(server);
-            assert!(held.is_free(journal.as_fd()));
-        }
+        let held = open_disk(&path, false).expect("a disk");
+        let server = held.for_server().expect("opened again");
+        assert!(held.is_free(journal.as_fd()));
+        assert_eq!(lease::try_lock(server.as_fd(), place), Ok(true));
+        assert!(!held.is_free(journal.as_fd()));
+        drop(server);
+        assert!(held.is_free(journal.as_fd()));
+    }
+
+    #[test]
+    fn a_tenant_that_reads_the_same_disk_cannot_keep_a_successor_waiting() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk");
+        std::fs::write(&path, [7; 1024]).expect("written");
+        let journal = sealed_memfd("journal", 4096).expect("a memfd");
+        let place = Place::lease(journal.as_fd()).expect("a place");
+        let (ours, theirs) = (open_disk(&path, true), open_disk(&path, true));
+        let (ours, theirs) = (ours.expect("a disk"), theirs.expect("a disk"));
+        let hostile = theirs.for_server().expect("opened again");
+        assert_eq!(lease::try_lock(hostile.as_fd(), place), Ok(true));
+        assert!(ours.is_free(journal.as_fd()));
     }
 
     #[test]

@@ -25,7 +25,10 @@ pub struct ChannelCounters {
     pub kicks: u64,
     /// Interrupts that came: the sum of the eventfd's counts.
     pub interrupts: u64,
-    /// Times that an interrupt came without the channel's event flag.
+    /// Times that interrupts came with the channel's event flag.
+    pub flags: u64,
+    /// Times that they came without it. No fault by itself: a flag is set before its interrupt is raised, so that a guest
+    /// that is looking at its flags because of the last interrupt may take this one's, too.
     pub interrupts_without_flag: u64,
 }
 
@@ -224,8 +227,9 @@ impl GuestChannel {
             Err(Errno::EAGAIN) => return Ok(true),
             Err(errno) => return Err(HostError::new("read an interrupt", errno).into()),
         }
-        if !self.take_flag()? {
-            self.counters.interrupts_without_flag += 1;
+        match self.take_flag()? {
+            true => self.counters.flags += 1,
+            false => self.counters.interrupts_without_flag += 1,
         }
         Ok(true)
     }

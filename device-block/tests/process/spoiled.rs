@@ -4,82 +4,15 @@
 use crate::room::*;
 use device_block::config::DiskConfig;
 use device_block::vsc::{Command, Initiator, Room};
-use std::fs::File;
 use std::os::unix::fs::FileExt;
+use vmbus::vsc::{Random, spoil};
 
 /// The disk ends here, and its file does not.
 const DISK_BYTES: u64 = 512 << 10;
 const FILE_BYTES: u64 = 1 << 20;
 
-/// Where a journal's parts are (vmbus/src/journal/layout.rs), and how much of each is in use here: begin, length.
-const SAVED_STATE: u64 = 4096;
-const CHANNELS: u64 = 4096 + 2 * 65536;
-const CHANNEL_BYTES: u64 = 4096 + 1024 * 32 + 1024 * 2560;
-const PARTS: [(u64, u64); 9] = [
-    (0, 64),
-    (SAVED_STATE, 160),
-    (SAVED_STATE + 65536, 160),
-    (CHANNELS, 0x50),
-    (CHANNELS + 4096, 16 * 32),
-    (CHANNELS + 4096 + 1024 * 32, 16 * 2560),
-    (CHANNELS + CHANNEL_BYTES, 0x50),
-    (CHANNELS + CHANNEL_BYTES + 4096, 16 * 32),
-    (CHANNELS + CHANNEL_BYTES + 4096 + 1024 * 32, 16 * 2560),
-];
-
-/// Values that counters, lengths and indexes go wrong at.
-const WORDS: [u64; 12] = [
-    0,
-    1,
-    4,
-    8,
-    0x7FFF_FFFF,
-    0xFFFF_FFF8,
-    0xFFFF_FFFF,
-    1 << 32,
-    (1 << 62) - 1,
-    1 << 62,
-    1 << 63,
-    u64::MAX,
-];
-
-struct Random(u64);
-
-impl Random {
-    /// Xorshift.
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
-/// Up to six changes.
-fn spoil(journal: &File, random: &mut Random) {
-    for _ in 0..=random.below(6) {
-        let (begin, len) = PARTS[random.below(PARTS.len() as u64) as usize];
-        let at = begin + random.below(len / 8) * 8;
-        let mut word = [0; 8];
-        journal
-            .read_exact_at(&mut word, at)
-            .expect("the journal is readable");
-        match random.below(4) {
-            0 => word = WORDS[random.below(WORDS.len() as u64) as usize].to_le_bytes(),
-            1 => word[random.below(8) as usize] ^= 1 << random.below(8),
-            2 => word = random.below(u64::MAX).to_le_bytes(),
-            _ => {
-                // Anything at all, everywhere in this part.
-                let bytes: Vec<u8> = (0..len).map(|_| random.below(256) as u8).collect();
-                journal
-                    .write_all_at(&bytes, begin)
-                    .expect("the journal is writable");
-                continue;
-            }
-        }
-        journal.write_all_at(&word, at).expect("the journal is writable");
-    }
-}
+/// Of what the journal has, as much as is in use here.
+const SLOTS: u16 = 24;
 
 /// What became of a successor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,7 +56,7 @@ fn succeed(room: &mut Room, channels: &mut [Initiator], case: &str) -> Fate {
 
 fn survive(seed: u64) -> Fate {
     let case = format!("seed {seed}");
-    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut random = Random::new(seed);
     let file = image(FILE_BYTES);
     let behind = pattern(DISK_BYTES, seed, (FILE_BYTES - DISK_BYTES) as usize);
     file.as_file().write_all_at(&behind, DISK_BYTES).expect("written");
@@ -148,8 +81,7 @@ fn survive(seed: u64) -> Fate {
         channel.channel.flush().expect("a server that behaves");
     }
     room.kill().expect("killed");
-    let journal = File::from(room.journal().try_clone_to_owned().expect("a descriptor"));
-    spoil(&journal, &mut random);
+    spoil(room.journal(), 2, SLOTS, &mut random).expect("the journal can be written");
     let fate = succeed(&mut room, &mut channels, &case);
     assert!(
         file_bytes(file.as_file(), DISK_BYTES, behind.len()) == behind,

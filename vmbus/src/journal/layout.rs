@@ -80,3 +80,22 @@ pub(super) fn payload(slot: u16) -> u64 {
     debug_assert!(slot < SLOT_COUNT);
     PAYLOADS + u64::from(slot) * MAX_PAYLOAD_BYTES as u64
 }
+
+/// Where what is used of a journal lies: begin and length in bytes of its header, of the states that are saved by anything
+/// so far, and of the header, the slots and the payloads of each channel. For tests that spoil it.
+pub(crate) fn used_parts(channels: u16, slots: u16) -> Vec<(u64, u64)> {
+    const HEADER_BYTES: u64 = 64;
+    const STATE_BYTES: u64 = 320;
+    let copies = [0, 1].map(|copy| (SAVED_STATE + copy * SAVED_STATE_BYTES, STATE_BYTES));
+    let mut parts = vec![(0, HEADER_BYTES)];
+    parts.extend(copies);
+    for index in 0..channels {
+        let base = channel(index);
+        parts.extend([
+            (base, USED_SLOTS + 8),
+            (base + slot(0), u64::from(slots) * SLOT_BYTES),
+            (base + payload(0), u64::from(slots) * MAX_PAYLOAD_BYTES as u64),
+        ]);
+    }
+    parts
+}

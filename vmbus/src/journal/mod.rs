@@ -78,6 +78,7 @@ use crate::mem::{Access, HostError, SharedMap};
 use versions::{LAYOUT, OLDEST_READABLE_LAYOUT, OLDEST_READER_LAYOUT, check_versions, device_name};
 
 pub(crate) use channel::ChannelJournal;
+pub(crate) use layout::used_parts;
 pub use layout::{MAX_CHANNELS, MAX_HELD, MAX_PAYLOAD_BYTES, SAVED_STATE_BYTES, SLOT_COUNT, required_len};
 pub use parts::Parts;
 pub use recover::RecoverFault;

@@ -22,6 +22,7 @@
 mod channel;
 mod frozen;
 mod guest;
+mod spoil;
 mod supervisor;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -38,6 +39,7 @@ use crate::ring::StageError;
 pub use channel::{ChannelCounters, GuestChannel};
 pub use frozen::{freeze, state_for_version_1, thaw};
 pub use guest::{ChannelOptions, GuestOptions, SyntheticGuest};
+pub use spoil::{Random, spoil};
 pub use supervisor::{PlayedSupervisor, StartOptions};
 
 /// What can go wrong for a synthetic guest.

@@ -40,10 +40,7 @@ PLAN
 ) & helpers="$helpers $!"
 MORE=/opt/guest/more.cpio
 scene deaths --cmdline 'console=ttyS0 quiet panic=-1' --vcpus 2 --memory 640M --restart always --on-reset exit \
-    --disk path=/root/disk.raw --net tap=t0 2>&1 | tee /root/said
-# A guest of either monitor now and then breaks down under the emulator's load, without a word of its kernel: that shows
-# nothing about its servers. It is told and counted as the rig's failure, and tried again.
-if grep -q 'triple fault' /root/said && ! grep -q "kernel crashed" /root/said; then exit 75; fi
+    --disk path=/root/disk.raw --net tap=t0
 # Those are still there if the guest failed.
 kill $helpers 2>/dev/null || true
 e2fsck -fn /root/disk.raw || echo "FAILED wrong: e2fsck"

@@ -83,3 +83,20 @@ fn no_guest_notices_a_hundred_deaths_of_bulkhead_net_before_a_standby() {
         "kill net kills=100 lost=0 double=0 wrong=0 ",
     );
 }
+
+/// Each of them with its supervisor, and each time another one adopts the VM.
+#[test]
+fn no_guest_notices_a_hundred_deaths_of_bulkhead_block_with_its_supervisor() {
+    kills(
+        &["kill", "--server", "block", "--adopt", "--count", "100"],
+        "kill block kills=100 lost=0 double=0 wrong=0 ",
+    );
+}
+
+#[test]
+fn no_guest_notices_a_hundred_deaths_of_bulkhead_net_with_its_supervisor() {
+    kills(
+        &["kill", "--server", "net", "--adopt", "--count", "100"],
+        "kill net kills=100 lost=0 double=0 wrong=0 ",
+    );
+}

@@ -6,7 +6,7 @@ use super::faults::Faults;
 use super::host::Host;
 use super::pattern::Random;
 use super::timeline::Timeline;
-use super::vm::Vm;
+use super::vm::{Victim, Vm};
 use super::{LOAD_REQUESTS, PATIENCE};
 use anyhow::{Result, anyhow, ensure};
 use nix::sys::signal::{SigSet, Signal as NixSignal};
@@ -74,6 +74,8 @@ pub struct Killer<'a> {
     pub ctrl_c: &'a AtomicBool,
     /// Kill only while a successor waits.
     pub standby: bool,
+    /// Kill supervisors as well, and have the VM adopted.
+    pub adopted: bool,
 }
 
 impl Killer<'_> {
@@ -92,11 +94,15 @@ impl Killer<'_> {
             if self.standby {
                 self.wait_for_standby(vm)?;
             }
-            last_victim = Some(self.kill_other_than(vm, last_victim)?);
+            last_victim = Some(match self.adopted {
+                true => self.kill_with_supervisor(vm, last_victim, chooser.below(4), &mut pause)?,
+                false => self.kill_other_than(vm, last_victim)?,
+            });
+            let chains = !self.standby && !self.adopted;
             // Ordering: a flag; what it says needs nothing else to be seen.
             let is_enough = self.ctrl_c.load(Ordering::Relaxed);
             let is_due = killed.is_multiple_of(AUDIT);
-            if !is_enough && !is_due && !self.standby && chooser.below(CHAINED) == 0 {
+            if !is_enough && !is_due && chains && chooser.below(CHAINED) == 0 {
                 pause(RECOVERY);
                 continue;
             }
@@ -151,23 +157,79 @@ impl Killer<'_> {
         Ok(())
     }
 
+    /// Kills the server and the supervisor, in one of four ways, and has the VM adopted; the server's process number.
+    ///
+    /// All begin in calm. So only the first way kills a supervisor that may be starting a server, which its adopter then
+    /// kills: what is under way to or from the guest may be missing until that is got over.
+    fn kill_with_supervisor(
+        &self,
+        vm: &mut Vm,
+        last: Option<i32>,
+        way: u64,
+        pause: &mut impl FnMut(Duration),
+    ) -> Result<i32> {
+        match way {
+            0 => {
+                let victim = self.kill_other_than(vm, last)?;
+                pause(RECOVERY);
+                self.timeline.watch.dying();
+                vm.replace_supervisor(|| Ok(()))?;
+                self.get_over()?;
+                self.timeline.watch.dead();
+                return Ok(victim);
+            }
+            1 => vm.replace_supervisor(|| Ok(()))?,
+            2 => {
+                let victim = self.next_victim(vm, last)?;
+                let mut was_killed = false;
+                vm.replace_supervisor(|| {
+                    was_killed = self.kill(&victim)?;
+                    Ok(())
+                })?;
+                ensure!(was_killed, "a server ended with its supervisor");
+                return Ok(victim.pid);
+            }
+            _ => {
+                vm.replace_supervisor(|| Ok(()))?;
+                // Perhaps while it adopts.
+                pause(RECOVERY);
+                vm.replace_supervisor(|| Ok(()))?;
+            }
+        }
+        self.kill_other_than(vm, last)
+    }
+
     /// Kills the server as soon as there is one that was not killed already; its process number.
     pub fn kill_other_than(&self, vm: &mut Vm, last: Option<i32>) -> Result<i32> {
+        loop {
+            let victim = self.next_victim(vm, last)?;
+            if self.kill(&victim)? {
+                return Ok(victim.pid);
+            }
+        }
+    }
+
+    /// The server, as soon as there is one that was not killed already.
+    fn next_victim(&self, vm: &mut Vm, last: Option<i32>) -> Result<Victim> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             ensure!(Instant::now() < deadline, "{} has no server", self.device);
             let victim = vm.server(self.device)?;
-            let Some(victim) = victim.filter(|victim| Some(victim.pid) != last) else {
-                thread::yield_now();
-                continue;
-            };
-            self.timeline.kill();
-            if victim.signal(Signal::KILL)? {
-                return Ok(victim.pid);
+            match victim.filter(|victim| Some(victim.pid) != last) {
+                Some(victim) => return Ok(victim),
+                None => thread::yield_now(),
             }
-            // It has ended just now, by itself, which the played bulkhead-vcpu counts.
-            self.timeline.take_back();
         }
+    }
+
+    /// Kills it. `false`: it has ended just now, by itself, which the played `bulkhead-vcpu` counts.
+    fn kill(&self, victim: &Victim) -> Result<bool> {
+        self.timeline.kill(victim.generation);
+        let was_there = victim.signal(Signal::KILL)?;
+        if !was_there {
+            self.timeline.take_back(victim.generation);
+        }
+        Ok(was_there)
     }
 
     /// Waits until everything that was under way at the last kill, and some more, is answered. `false`: a fault was

@@ -28,6 +28,10 @@ pub struct Host<'a> {
     gone: bool,
     /// Of the server that waits for that.
     waiting: Option<u32>,
+    /// Supervisors are killed, too: what follows them may kill a server of which the guest might not have heard.
+    pub adopted: bool,
+    /// Generations of servers that somebody else has killed than whoever kills here.
+    pub unexplained: Vec<u32>,
 }
 
 impl<'a> Host<'a> {
@@ -44,6 +48,8 @@ impl<'a> Host<'a> {
             generation: 0,
             gone: true,
             waiting: None,
+            adopted: false,
+            unexplained: Vec::new(),
         };
         let deadline = Instant::now() + PATIENCE;
         let ready = VcpuToSupervisor::Ready {
@@ -120,13 +126,17 @@ impl<'a> Host<'a> {
                 device: 0,
                 generation,
             } => {
-                let was_killed = self.timeline.gone();
+                // An adopter says again what its predecessor may have said.
+                if self.adopted && self.gone && self.generation == generation {
+                    return Ok(());
+                }
+                let was_killed = self.timeline.gone(generation);
                 if self.generation != generation {
                     self.waiting.take_if(|waiting| *waiting == generation);
                     return Ok(());
                 }
                 if !was_killed {
-                    faults.count(Fault::Wrong, format_args!("a server died that nobody had killed"));
+                    self.on_unexplained(generation, faults);
                 }
                 self.guest.server_gone();
                 self.gone = true;
@@ -156,6 +166,15 @@ impl<'a> Host<'a> {
                 Ok(())
             }
             Err(error) => Err(error).context("a server cannot be attached"),
+        }
+    }
+
+    fn on_unexplained(&mut self, generation: u32, faults: &Faults) {
+        if self.adopted {
+            // An adopter may have done it, and says so.
+            self.unexplained.push(generation);
+        } else {
+            faults.count(Fault::Wrong, format_args!("a server died that nobody had killed"));
         }
     }
 

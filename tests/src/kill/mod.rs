@@ -114,6 +114,9 @@ pub struct KillArguments {
     /// A successor waits whenever a server is killed (`standby = true`).
     #[arg(long, conflicts_with_all = ["rig", "steps"])]
     standby: bool,
+    /// The supervisor is killed with each server, before it, after it or while it adopts, and the VM adopted by another.
+    #[arg(long, conflicts_with_all = ["rig", "steps", "standby"])]
+    adopt: bool,
 }
 
 /// `cargo xtask swap`.
@@ -128,6 +131,7 @@ pub struct SwapArguments {
 enum Deed {
     Kill,
     KillWithStandby,
+    KillWithSupervisor,
     KillAtSteps,
     Swap,
 }
@@ -141,10 +145,11 @@ pub struct Task {
 
 impl From<KillArguments> for Task {
     fn from(arguments: KillArguments) -> Self {
-        let deed = match (arguments.steps, arguments.standby) {
-            (true, _) => Deed::KillAtSteps,
-            (false, true) => Deed::KillWithStandby,
-            (false, false) => Deed::Kill,
+        let deed = match arguments {
+            KillArguments { steps: true, .. } => Deed::KillAtSteps,
+            KillArguments { standby: true, .. } => Deed::KillWithStandby,
+            KillArguments { adopt: true, .. } => Deed::KillWithSupervisor,
+            KillArguments { .. } => Deed::Kill,
         };
         let common = arguments.common;
         Self { common, deed }
@@ -206,6 +211,7 @@ impl Task {
         let (command, flag) = match self.deed {
             Deed::Kill => ("kill", None),
             Deed::KillWithStandby => ("kill", Some("--standby")),
+            Deed::KillWithSupervisor => ("kill", Some("--adopt")),
             Deed::KillAtSteps => ("kill", Some("--steps")),
             Deed::Swap => ("swap", None),
         };
@@ -245,7 +251,9 @@ pub fn main(task: Task) -> Result<ExitCode> {
     if *rig {
         let act = match task.deed {
             Deed::Swap => rig::Act::Swap,
-            Deed::Kill | Deed::KillWithStandby | Deed::KillAtSteps => rig::Act::Kill,
+            Deed::Kill | Deed::KillWithStandby | Deed::KillWithSupervisor | Deed::KillAtSteps => {
+                rig::Act::Kill
+            }
         };
         return rig::main(act, *server, *count, seed, programs);
     }
@@ -255,6 +263,7 @@ pub fn main(task: Task) -> Result<ExitCode> {
         server: None,
         kind: *server,
         standby: task.deed == Deed::KillWithStandby,
+        adopted: task.deed == Deed::KillWithSupervisor,
         folder,
         seed,
     };
@@ -265,9 +274,11 @@ pub fn main(task: Task) -> Result<ExitCode> {
             plan.server = Some(&dying);
             steps::run(&plan, &ctrl_c)?
         }
-        Deed::Kill | Deed::KillWithStandby => under(&plan, *count, &ctrl_c, |killer, scene| {
-            killer.run(scene.vm, scene.audit)
-        })?,
+        Deed::Kill | Deed::KillWithStandby | Deed::KillWithSupervisor => {
+            under(&plan, *count, &ctrl_c, |killer, scene| {
+                killer.run(scene.vm, scene.audit)
+            })?
+        }
         Deed::Swap => under(&plan, *count, &ctrl_c, |killer, scene| {
             gaps = killer.swap(scene.vm, scene.audit)?;
             Ok(())
@@ -289,7 +300,9 @@ pub fn main(task: Task) -> Result<ExitCode> {
         .for_each(|note| println!("{note}"));
     let (what, unit) = match task.deed {
         Deed::Swap => ("swap", "swaps"),
-        Deed::Kill | Deed::KillWithStandby | Deed::KillAtSteps => ("kill", "kills"),
+        Deed::Kill | Deed::KillWithStandby | Deed::KillWithSupervisor | Deed::KillAtSteps => {
+            ("kill", "kills")
+        }
     };
     let what = format!("{what} {}", server.name());
     println!("{}", line(&what, unit, &faults, &stalls, seed));
@@ -321,6 +334,7 @@ fn under(
                 timeline: scene.timeline,
                 ctrl_c,
                 standby: plan.standby,
+                adopted: plan.adopted,
             };
             deed(&killer, scene)
         },

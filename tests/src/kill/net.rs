@@ -24,11 +24,11 @@ use anyhow::{Context, Result, bail, ensure};
 use device_net::vsc::load::{self, FILTER, LoadError, Tally};
 use device_net::vsc::{Driver, DriverOptions};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
-use vmbus::ipc::Socket;
-use vmm_core::supervisor::control::{Reply, Request};
+use vmm_core::supervisor::control::{Reply, Request, connect_to};
 
 /// Opens the interface as Linux does, with so many channels.
 pub fn open(host: &mut Host<'_>, channels: u16) -> Result<Driver> {
@@ -70,8 +70,8 @@ impl Auditor {
 /// The thread of the interface.
 pub struct Load<'a> {
     load: load::Load,
-    /// To the supervisor, for the server's own count of credits.
-    control: Socket,
+    /// Where the supervisor listens, for the server's own count of credits: each audit may be another supervisor's.
+    control: PathBuf,
     faults: &'a Faults,
     timeline: &'a Timeline,
     asked: Receiver<()>,
@@ -85,7 +85,7 @@ impl<'a> Load<'a> {
     pub fn new(
         driver: Driver,
         network: UnixStream,
-        control: Socket,
+        control: PathBuf,
         (faults, timeline): (&'a Faults, &'a Timeline),
         seed: u64,
     ) -> Result<(Self, Auditor)> {
@@ -151,7 +151,7 @@ impl<'a> Load<'a> {
     /// Lets everything come to its end and counts the credits.
     fn audit(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
-        let control = &mut self.control;
+        let control = &self.control;
         let free = || free_credits(control, deadline).map_err(|error| format!("{error:#}"));
         let finished = self.load.finish(&self.timeline.watch, free, deadline);
         self.report();
@@ -196,7 +196,8 @@ impl<'a> Load<'a> {
 }
 
 /// What the server says is free of its receive buffer; asked again while there is no server to answer.
-fn free_credits(control: &mut Socket, deadline: Instant) -> Result<u32> {
+fn free_credits(control: &Path, deadline: Instant) -> Result<u32> {
+    let control = &mut connect_to(control)?.context("the supervisor does not listen")?;
     loop {
         control.send(&Request::Inspect, &[])?;
         let mut found = None;

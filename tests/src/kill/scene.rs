@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::drive::{Job, under_load};
-use super::faults::Faults;
+use super::faults::{Fault, Faults};
 use super::host::Host;
 use super::timeline::{Stalls, Timeline};
 use super::vm::Vm;
@@ -22,6 +22,8 @@ pub struct Plan<'a> {
     pub kind: ServerKind,
     /// A successor waits all the time.
     pub standby: bool,
+    /// Supervisors are killed as well.
+    pub adopted: bool,
     /// Where a disk's file is made.
     pub folder: &'a Path,
     pub seed: u64,
@@ -72,6 +74,7 @@ pub fn play(
     let shared = (&faults, &timeline);
     let mut host = Host::start(supervisor, options, shared)
         .with_context(|| format!("the VM does not start: {}", vm.last_lines()))?;
+    host.adopted = plan.adopted;
     early(&vm, &timeline)?;
     let mut jobs: Vec<Job<'_>> = Vec::new();
     let mut auditor = None;
@@ -87,7 +90,7 @@ pub fn play(
         ServerKind::Net => {
             let network = vm.network()?;
             let driver = net::open(&mut host, CHANNELS)?;
-            let (load, by) = net::Load::new(driver, network, vm.connect()?, shared, plan.seed)?;
+            let (load, by) = net::Load::new(driver, network, vm.control_socket(), shared, plan.seed)?;
             auditor = Some(by);
             jobs.push(Box::new(|stop| load.run(stop)));
         }
@@ -105,8 +108,15 @@ pub fn play(
     if faults.any() {
         eprintln!("the supervisor said last: {}", vm.last_lines());
     }
+    let unexplained = std::mem::take(&mut host.unexplained);
     host.power_off()?;
-    vm.end()?;
+    let disowned = vm.end()?;
+    for generation in unexplained {
+        if !disowned.contains(&generation) {
+            let what = format_args!("server {generation} died, and nobody says to have killed it");
+            faults.count(Fault::Wrong, what);
+        }
+    }
     Ok(Seen {
         faults: faults.counts(),
         stalls: timeline.stalls(),

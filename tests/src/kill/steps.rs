@@ -161,6 +161,7 @@ fn killer<'a>(
         timeline,
         ctrl_c,
         standby: false,
+        adopted: false,
     }
 }
 

@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 use device_net::vsc::load::Watch;
+use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -45,8 +46,10 @@ pub const PHASES: [&str; 3] = ["gone", "successor started", "successor says hell
 #[derive(Debug, Default)]
 struct State {
     kills: Vec<Kill>,
-    /// Killed, or told to go, and not known to be gone.
-    dying: usize,
+    /// Generations of servers that were killed and are not known to be gone.
+    killed: BTreeSet<u32>,
+    /// Told to go or to die, and not known to be gone.
+    ordered: usize,
     /// One is being replaced, and counts from the moment at which it is gone.
     replacing: bool,
     /// Until then the load's network did not read, so that what was under way took long for that.
@@ -178,15 +181,16 @@ impl Timeline {
         self.changed.notify_all();
     }
 
-    /// A server is killed now.
-    pub fn kill(&self) {
-        self.order();
+    /// The server of that generation is killed now.
+    pub fn kill(&self, generation: u32) {
+        self.lock().killed.insert(generation);
+        self.watch.dying();
         self.died();
     }
 
     /// A server is told to die at a moment of its own. [`Self::died`] or [`Self::withdraw`] follows.
     pub fn order(&self) {
-        self.lock().dying += 1;
+        self.lock().ordered += 1;
         self.watch.dying();
     }
 
@@ -214,8 +218,8 @@ impl Timeline {
         }
     }
 
-    /// `bulkhead-vcpu` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed one.
-    pub fn gone(&self) -> bool {
+    /// `bulkhead-vcpu` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed it.
+    pub fn gone(&self, generation: u32) -> bool {
         let mut state = self.lock();
         if std::mem::take(&mut state.replacing) {
             state.push_kill();
@@ -223,25 +227,30 @@ impl Timeline {
         drop(state);
         self.phase(0);
         let mut state = self.lock();
-        let was_killed = state.dying > 0;
-        if was_killed {
-            state.dying -= 1;
+        let was_ordered = state.ordered > 0;
+        let was_killed = state.killed.remove(&generation);
+        if !was_killed && was_ordered {
+            state.ordered -= 1;
+        }
+        if was_killed || was_ordered {
             self.watch.dead();
         }
-        was_killed
+        was_killed || was_ordered
     }
 
     /// The signal did not reach anybody.
-    pub fn take_back(&self) {
-        self.lock().kills.pop();
-        self.withdraw();
+    pub fn take_back(&self, generation: u32) {
+        let mut state = self.lock();
+        state.kills.pop();
+        state.killed.remove(&generation);
+        self.watch.dead();
     }
 
     /// The order to die was taken back in time.
     pub fn withdraw(&self) {
         let mut state = self.lock();
         state.replacing = false;
-        state.dying = state.dying.saturating_sub(1);
+        state.ordered = state.ordered.saturating_sub(1);
         self.watch.dead();
     }
 
@@ -351,7 +360,7 @@ mod tests {
         let timeline = Timeline::new(1);
         let before = Instant::now();
         timeline.report(0, &[], Some(before), 2);
-        timeline.kill();
+        timeline.kill(1);
         let kill = Instant::now();
         let lives = [
             Life {
@@ -381,14 +390,26 @@ mod tests {
         let timeline = Timeline::new(1);
         let before = Instant::now();
         timeline.report(0, &[], Some(before), 1);
-        timeline.kill();
-        timeline.kill();
+        timeline.kill(1);
+        timeline.kill(2);
         assert!(!timeline.wait_over(0, Instant::now()));
         let done = Instant::now();
         timeline.report(0, &[Life { sent: before, done }], None, 0);
         assert!(timeline.wait_over(0, Instant::now()));
         let stalls = timeline.stalls();
         assert_eq!((stalls.stalls.len(), stalls.chained.len()), (0, 2));
+    }
+
+    #[test]
+    fn a_death_that_nobody_ordered_is_not_taken_for_that_of_another() {
+        let timeline = Timeline::new(1);
+        timeline.kill(5);
+        assert_eq!(
+            [6, 5, 5].map(|server| timeline.gone(server)),
+            [false, true, false]
+        );
+        timeline.order();
+        assert_eq!([7, 8].map(|server| timeline.gone(server)), [true, false]);
     }
 
     #[test]

@@ -11,16 +11,17 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::SigSet;
 use nix::unistd::Pid as NixPid;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader, PipeReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
@@ -33,6 +34,8 @@ const END: Duration = Duration::from_secs(15);
 /// A running VM.
 pub struct Vm {
     supervisor: Child,
+    /// Its program.
+    program: PathBuf,
     /// The played `bulkhead-vcpu` lives until this is closed. `None`: it is.
     line: Option<Socket>,
     control: Socket,
@@ -89,22 +92,9 @@ impl Vm {
         command.arg("--programs").arg(&parts);
         command.arg("--run-folder").arg(folder.path().join("run"));
         command.args(flags).env("PATH", passt_first);
-        let (heard, stderr) = std::io::pipe()?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::from(stdout))
-            .stderr(stderr)
-            // A person's Ctrl-C is for the harness.
-            .process_group(0);
-        let mask = SigSet::thread_get_mask()?;
-        SigSet::empty().thread_set_mask()?;
-        let supervisor = command.spawn();
-        mask.thread_set_mask()?;
-        let supervisor =
-            supervisor.with_context(|| format!("cannot start {}", programs.join("bulkhead").display()))?;
-        // Of the descriptors of the other end only those of the children are left.
-        drop(command);
-        let log = Log::follow(heard);
+        command.stdout(Stdio::from(stdout));
+        let mut log = Log::default();
+        let supervisor = start_supervisor(command, &mut log)?;
         // From here on a failure ends what was started.
         let mut starting = Starting {
             supervisor: Some(supervisor),
@@ -119,6 +109,7 @@ impl Vm {
         let supervisor = starting.supervisor.take().context("started above")?;
         let vm = Self {
             supervisor,
+            program: programs.join("bulkhead"),
             line: Some(line),
             control,
             network,
@@ -162,9 +153,9 @@ impl Vm {
         bail!("the supervisor has no journal")
     }
 
-    /// Another connection to the supervisor.
-    pub fn connect(&self) -> Result<Socket> {
-        connect(&self.folder)
+    /// Where the supervisor listens.
+    pub fn control_socket(&self) -> PathBuf {
+        control_socket(&self.folder)
     }
 
     /// The process that serves `device` now, or that will once its dead predecessor's I/O is over; `None` while there
@@ -176,13 +167,19 @@ impl Vm {
             bail!("the supervisor answers {reply:?}");
         };
         let line = lines.into_iter().find(|line| line.name == device);
-        let pid = line.and_then(|line| line.process.or(line.successor.map(|(_, _, pid)| pid)));
-        let Some(pid) = pid.and_then(Pid::from_raw) else {
+        let found = line.and_then(|line| match line.process {
+            Some(pid) => Some((line.generation, pid)),
+            None => line.successor.map(|(_, generation, pid)| (generation, pid)),
+        });
+        let Some((generation, pid)) =
+            found.and_then(|(generation, pid)| Some((generation, Pid::from_raw(pid)?)))
+        else {
             return Ok(None);
         };
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Some(Victim {
                 pid: pid.as_raw_nonzero().get(),
+                generation,
                 pidfd,
             })),
             // It has just ended, and its parent has looked after it.
@@ -220,8 +217,24 @@ impl Vm {
         }
     }
 
+    /// Kills the supervisor, and has another one adopt the VM after `meanwhile`.
+    pub fn replace_supervisor(&mut self, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.supervisor.kill()?;
+        self.supervisor.wait()?;
+        meanwhile()?;
+        let mut command = Command::new(&self.program);
+        command.args(["adopt", NAME, "--run-folder"]);
+        command.arg(self.folder.path().join("run"));
+        command.stdout(Stdio::null());
+        self.supervisor = start_supervisor(command, &mut self.log)?;
+        // The socket is the same, and its keeper has kept it: what is asked now waits there for the adopter.
+        self.control = connect(&self.folder)?;
+        Ok(())
+    }
+
     /// Lets the VM end, after its played vCPU process has said why; the supervisor's last lines if it was not content.
-    pub fn end(mut self) -> Result<()> {
+    /// Else the generations of servers that adopters say to have killed by themselves.
+    pub fn end(mut self) -> Result<BTreeSet<u32>> {
         self.line = None;
         let deadline = Instant::now() + END;
         let status = loop {
@@ -238,7 +251,7 @@ impl Vm {
             "the supervisor ended with {status}: {}",
             self.last_lines()
         );
-        Ok(())
+        Ok(self.log.finish())
     }
 
     /// What the supervisor said last.
@@ -271,6 +284,7 @@ impl Drop for Starting {
 pub struct Victim {
     /// To tell it from others.
     pub pid: i32,
+    pub generation: u32,
     pidfd: OwnedFd,
 }
 
@@ -288,9 +302,31 @@ impl Victim {
 /// The VM's name, unique within its own folder.
 const NAME: &str = "kill";
 
+fn control_socket(folder: &TempDir) -> PathBuf {
+    folder.path().join("run").join(NAME).join("control")
+}
+
 fn connect(folder: &TempDir) -> Result<Socket> {
-    let path = folder.path().join("run").join(NAME).join("control");
-    connect_to(&path)?.context("the supervisor does not listen")
+    connect_to(&control_socket(folder))?.context("the supervisor does not listen")
+}
+
+/// Starts a supervisor whose standard output is decided on, and listens to what it says.
+fn start_supervisor(mut command: Command, log: &mut Log) -> Result<Child> {
+    let (heard, stderr) = std::io::pipe()?;
+    command
+        .stdin(Stdio::null())
+        .stderr(stderr)
+        // A person's Ctrl-C is for the harness.
+        .process_group(0);
+    let mask = SigSet::thread_get_mask()?;
+    SigSet::empty().thread_set_mask()?;
+    let supervisor = command.spawn();
+    mask.thread_set_mask()?;
+    let program = Path::new(command.get_program()).display();
+    let supervisor = supervisor.with_context(|| format!("cannot start {program}"))?;
+    log.follow(heard);
+    // Of the descriptors of the other ends only those of the children are left: the command goes.
+    Ok(supervisor)
 }
 
 /// Asks politely, then kills. The servers end with their supervisor or with the played vCPU process.
@@ -313,32 +349,62 @@ fn end_child(child: &mut Child) {
 /// Limit: lines of the supervisor's that are kept. It says several of each death.
 const LINES: usize = 12;
 
-/// What the supervisor says, the last lines of it.
+/// What supervisors say.
+#[derive(Default)]
 struct Log {
-    lines: Arc<Mutex<VecDeque<String>>>,
+    said: Arc<Mutex<Said>>,
+    listeners: Vec<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Said {
+    /// The last ones.
+    lines: VecDeque<String>,
+    /// See [`disowned`].
+    disowned: BTreeSet<u32>,
 }
 
 impl Log {
     /// Reads until nobody writes any more.
-    fn follow(heard: PipeReader) -> Self {
-        let lines: Arc<Mutex<VecDeque<String>>> = Arc::default();
-        let kept = Arc::clone(&lines);
-        std::thread::spawn(move || {
+    fn follow(&mut self, heard: PipeReader) {
+        let said = Arc::clone(&self.said);
+        self.listeners.push(std::thread::spawn(move || {
             for line in BufReader::new(heard).split(b'\n') {
                 let Ok(line) = line else { return };
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.push_back(String::from_utf8_lossy(&line).into_owned());
-                if kept.len() > LINES {
-                    kept.pop_front();
+                let line = String::from_utf8_lossy(&line).into_owned();
+                let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+                said.disowned.extend(disowned(&line));
+                said.lines.push_back(line);
+                if said.lines.len() > LINES {
+                    said.lines.pop_front();
                 }
             }
-        });
-        Self { lines }
+        }));
+    }
+
+    fn said(&self) -> MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn last_lines(&self) -> String {
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
+        let said = self.said();
+        let lines: Vec<&str> = said.lines.iter().map(String::as_str).collect();
         lines.join("\n  | ")
     }
+
+    /// After the supervisors' ends: all servers that they have disowned.
+    fn finish(&mut self) -> BTreeSet<u32> {
+        for listener in self.listeners.drain(..) {
+            listener.join().ok();
+        }
+        std::mem::take(&mut self.said().disowned)
+    }
+}
+
+/// The server that an adopter says to have killed because its predecessor was killed when it started it.
+fn disowned(line: &str) -> Option<u32> {
+    let (_, rest) = line.split_once(" (server ")?;
+    let (generation, rest) = rest.split_once(") ")?;
+    let is_disowned = rest.contains("bulkhead-vcpu may not know it");
+    generation.parse().ok().filter(|_| is_disowned)
 }

@@ -15,6 +15,9 @@ chmod +x /tmp/dhcp
 udhcpc -q -n -i eth0 -s /tmp/dhcp >/dev/null 2>&1 || fail "no address by DHCP"
 for try in $(seq 20); do page=$(timeout 5 wget -q -O - http://$(cat /tmp/gateway):8080/hello) && break; usleep 300000; done
 [ "$page" = hello ] || fail "no page through passt"
+# The host looks at the processes while they serve.
+echo "guest: look now"
+for try in $(seq 100); do timeout 5 wget -q -O /dev/null http://$(cat /tmp/gateway):8080/looked && break; usleep 300000; done
 quiet_log
 echo "guest: served without privileges"
 exit 0
@@ -40,14 +43,16 @@ bulkhead run --name user --kernel /opt/guest/vmlinuz --initrd /tmp/initrd.cpio {
 echo "bulkhead: exit $status"
 X
         # While it runs: none of its processes may belong to root or have a capability.
-        (while ! pidof bulkhead-net >/dev/null; do sleep 1; done; sleep 2
+        touch /tmp/said
+        (until grep -q '^guest: look now' /tmp/said; do sleep 0.2; done
          for name in bulkhead bulkhead-vcpu bulkhead-block bulkhead-net; do
             for pid in $(pidof $name); do
                 echo "rig: $name uid $(sed -n 's/^Uid:.\([0-9]*\).*/\1/p' /proc/$pid/status) caps $(sed -n 's/^CapEff:.//p' /proc/$pid/status) seccomp $(sed -n 's/^Seccomp:.//p' /proc/$pid/status)"
             done
-         done) >/tmp/seen &
-        su -s /bin/sh user -c 'sh /tmp/as-user'
-        wait
+         done >/tmp/seen
+         touch /root/www/looked) & looking=$!
+        su -s /bin/sh user -c 'sh /tmp/as-user' | tee /tmp/said
+        kill $looking 2>/dev/null && echo FAILED nobody asked to look
         cat /tmp/seen
         grep -q 'uid 0 ' /tmp/seen && echo FAILED a process belongs to root
         [ "$(grep -c 'bulkhead-.* caps 0000000000000000 seccomp 2' /tmp/seen)" = 3 ] || echo FAILED a child is not locked in

@@ -1,31 +1,30 @@
 #![forbid(unsafe_code)]
-//! `bulkhead events` and `bulkhead crashes`. Both read the VM's folder, and work without a supervisor; only following
-//! needs one.
+//! `bulkhead events` and `bulkhead crashes`. Both read the VM's folder, and work without a supervisor and after the VM's
+//! end; only following needs a supervisor.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
 use vmbus::ipc::PeerFault;
 
-use super::talk::connect;
+use super::talk::connect_below;
 use crate::spec::Name;
 use crate::supervisor::chronicle::{self, Entry};
 use crate::supervisor::control::{Reply, Request};
 use crate::supervisor::crash_report;
-use crate::supervisor::folder::base;
 
-pub(super) fn events(vm: &Name, follow: bool, json: bool) -> Result<()> {
-    let folder = folder_of(vm)?;
+pub(super) fn events(vm: &Name, base: &Path, follow: bool, json: bool) -> Result<()> {
+    let folder = folder_of(vm, base)?;
     if !follow {
         for entry in chronicle::read_after(&folder, 0) {
             show(&entry, json)?;
         }
         return Ok(());
     }
-    let mut socket = connect(vm)?;
+    let mut socket = connect_below(vm, base)?;
     let request = Request::Events { after: 0, follow };
     socket.send(&request, &[])?;
     loop {
@@ -53,8 +52,8 @@ pub(super) fn events(vm: &Name, follow: bool, json: bool) -> Result<()> {
     }
 }
 
-pub(super) fn crashes(vm: &Name, number: Option<u64>) -> Result<()> {
-    let folder = folder_of(vm)?;
+pub(super) fn crashes(vm: &Name, base: &Path, number: Option<u64>) -> Result<()> {
+    let folder = folder_of(vm, base)?;
     let Some(number) = number else {
         for (number, line) in crash_report::list(&folder) {
             print(&format!("{number} {line}"))?;
@@ -70,10 +69,13 @@ pub(super) fn crashes(vm: &Name, number: Option<u64>) -> Result<()> {
     }
 }
 
-fn folder_of(vm: &Name) -> Result<PathBuf> {
-    let folder = base().join(vm.as_str());
+fn folder_of(vm: &Name, base: &Path) -> Result<PathBuf> {
+    let folder = base.join(vm.as_str());
     if !folder.is_dir() {
-        bail!("no VM named {vm} runs for this user (bulkhead list shows which do)");
+        bail!(
+            "nothing is known of a VM named {vm} of this user: check its name ({} has those that ran last)",
+            base.display()
+        );
     }
     Ok(folder)
 }

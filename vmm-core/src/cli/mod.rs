@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::spec::Name;
+use crate::supervisor::folder::base;
 use crate::supervisor::keeper;
 use crate::supervisor::report::{EXIT_STATUS_HELP, say};
 
@@ -90,7 +91,7 @@ enum Command {
         #[arg(long)]
         power_button: bool,
     },
-    /// Show what happened to a running VM: deaths, restarts, stalls, swaps
+    /// Show what happened to a VM that runs or ran: deaths, restarts, stalls, swaps, its end
     Events {
         /// The VM's name
         vm: Name,
@@ -100,13 +101,19 @@ enum Command {
         /// One JSON object a line
         #[arg(long)]
         json: bool,
+        /// Where the folders of VMs are
+        #[arg(long, value_name = "FOLDER", hide = true)]
+        run_folder: Option<PathBuf>,
     },
-    /// List the crash reports of a running VM, or show one
+    /// List the crash reports of a VM that runs or ran, or show one
     Crashes {
         /// The VM's name
         vm: Name,
         /// The report's number
         number: Option<u64>,
+        /// Where the folders of VMs are
+        #[arg(long, value_name = "FOLDER", hide = true)]
+        run_folder: Option<PathBuf>,
     },
     /// Do something to a device of a running VM
     #[command(subcommand)]
@@ -128,8 +135,17 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => return doctor::main(arguments),
         Command::List => talk::list(),
         Command::Inspect { vm, path } => talk::inspect(&vm, path.as_deref()),
-        Command::Events { vm, follow, json } => events::events(&vm, follow, json),
-        Command::Crashes { vm, number } => events::crashes(&vm, number),
+        Command::Events {
+            vm,
+            follow,
+            json,
+            run_folder,
+        } => events::events(&vm, &run_folder.unwrap_or_else(base), follow, json),
+        Command::Crashes {
+            vm,
+            number,
+            run_folder,
+        } => events::crashes(&vm, &run_folder.unwrap_or_else(base), number),
         Command::Device(command) => device::main(command),
         Command::Stop { vm, power_button } => talk::stop(&vm, power_button),
     };

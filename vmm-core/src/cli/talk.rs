@@ -2,6 +2,7 @@
 //! `bulkhead list`, `inspect` and `stop`: talking to the supervisor of a running VM.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
@@ -100,10 +101,15 @@ pub(super) fn stop(vm: &Name, power_button: bool) -> Result<()> {
 }
 
 pub(super) fn connect(vm: &Name) -> Result<Socket> {
-    if is_orphaned(&base().join(vm.as_str()))? {
+    connect_below(vm, &base())
+}
+
+/// The same where the folders of VMs are elsewhere.
+pub(super) fn connect_below(vm: &Name, base: &Path) -> Result<Socket> {
+    if is_orphaned(&base.join(vm.as_str()))? {
         bail!("{vm} runs without a supervisor: `bulkhead adopt {vm}` takes it over");
     }
-    connect_to(&control_socket(&base(), vm))?
+    connect_to(&control_socket(base, vm))?
         .ok_or_else(|| anyhow!("no VM named {vm} runs for this user (bulkhead list shows which do)"))
 }
 

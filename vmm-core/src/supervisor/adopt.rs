@@ -243,6 +243,7 @@ impl Supervisor {
             chronicle: Chronicle::open(folder.path()),
             reports: Vec::new(),
             next_report: vm.next_report,
+            first_report: vm.first_report,
             patience: vm.patience_ms.map(Duration::from_millis),
             next_token: 0,
             terminal: vm.terminal,

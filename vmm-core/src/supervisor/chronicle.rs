@@ -6,7 +6,8 @@
 //! | `events.jsonl` | the newest events, up to [`MAX_BYTES`] |
 //! | `events.old.jsonl` | those before, once as many |
 //!
-//! Each entry has a number that counts on over rotations and supervisors, so that a reader knows what it has missed.
+//! Each entry has a number that counts on over rotations, supervisors and VMs of the same name, so that a reader knows
+//! what it has missed.
 //! One process writes: the supervisor that holds the folder's lock. Anyone who may enter the folder may read, also when
 //! there is no supervisor. A line that is not an entry (the last one of a supervisor that was killed) is left out.
 
@@ -27,8 +28,8 @@ const MAX_BYTES: u64 = 256 * 1024;
 /// Limit: characters of a text from a child, which may say what it likes.
 const MAX_TEXT: usize = 500;
 
-const NEW: &str = "events.jsonl";
-const OLD: &str = "events.old.jsonl";
+pub const NEW: &str = "events.jsonl";
+pub const OLD: &str = "events.old.jsonl";
 
 /// An event, its number and its time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,6 +15,9 @@ use vmbus::record::{self, EVENT_COUNT};
 
 use super::clock::utc;
 
+/// In the VM's folder.
+pub const FOLDER: &str = "crashes";
+
 /// Limit: reports that are kept.
 const MAX_REPORTS: usize = 32;
 
@@ -111,7 +114,7 @@ impl CrashReport {
 
     /// Writes the report into the VM's folder under this number, and removes the oldest.
     pub fn store(&self, vm_folder: &Path, number: u64) -> io::Result<()> {
-        let folder = vm_folder.join("crashes");
+        let folder = vm_folder.join(FOLDER);
         match DirBuilder::new().mode(0o700).create(&folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
@@ -133,7 +136,7 @@ impl CrashReport {
 
 /// The number for the next report of a VM.
 pub fn next_number(vm_folder: &Path) -> u64 {
-    let numbers = numbers(&vm_folder.join("crashes"));
+    let numbers = numbers(&vm_folder.join(FOLDER));
     numbers.last().map_or(1, |last| last.saturating_add(1))
 }
 
@@ -146,7 +149,7 @@ fn events(recorder: Option<&OwnedFd>) -> Vec<record::Event> {
 
 /// The reports of a VM: number and first line, the oldest first.
 pub fn list(vm_folder: &Path) -> Vec<(u64, String)> {
-    let folder = vm_folder.join("crashes");
+    let folder = vm_folder.join(FOLDER);
     let first_line = |number| {
         let text = fs::read_to_string(path_of(&folder, number)).ok()?;
         Some((number, text.lines().next()?.to_owned()))
@@ -156,7 +159,7 @@ pub fn list(vm_folder: &Path) -> Vec<(u64, String)> {
 
 /// One report.
 pub fn read(vm_folder: &Path, number: u64) -> io::Result<String> {
-    fs::read_to_string(path_of(&vm_folder.join("crashes"), number))
+    fs::read_to_string(path_of(&vm_folder.join(FOLDER), number))
 }
 
 fn path_of(folder: &Path, number: u64) -> PathBuf {

@@ -1,14 +1,18 @@
 #![forbid(unsafe_code)]
-//! The folder of a running VM: `/run/bulkhead/NAME`, or `$XDG_RUNTIME_DIR/bulkhead/NAME` for a normal user.
+//! The folder of a VM: `/run/bulkhead/NAME`, or `$XDG_RUNTIME_DIR/bulkhead/NAME` for a normal user.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `lock` | locked as long as supervisor or keeper lives; holds the supervisor's process id |
 //! | `control` | the socket that `bulkhead list`, `inspect` and `stop` talk to |
 //! | `adopt` | the socket of the keeper, for a new supervisor |
+//! | `events*.jsonl`, `crashes/` | what happened: see `chronicle.rs` and `crash_report.rs` |
 //!
-//! A folder whose lock is free was left by a supervisor and a keeper that were killed; the next VM of that name takes it
-//! over.
+//! What happened outlives the VM: it stays in the folder, without the other files, and the next VM of that name goes on
+//! writing there. The folders of the [`MAX_ENDED`] VMs that ended last are kept.
+//!
+//! A folder with a lock that is free was left by a supervisor and a keeper that were killed; the next VM of that name
+//! takes it over.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Seek, Write};
@@ -20,9 +24,17 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
-use super::keeper;
 use super::report::say;
+use super::{chronicle, crash_report, keeper};
 use crate::spec::Name;
+
+/// Limit: ended VMs that have a folder.
+const MAX_ENDED: usize = 32;
+
+const LOCK: &str = "lock";
+
+/// What outlives a VM.
+const RECORDS: [&str; 3] = [chronicle::NEW, chronicle::OLD, crash_report::FOLDER];
 
 /// The folder of a VM, ours until this is dropped.
 #[derive(Debug)]
@@ -59,15 +71,8 @@ impl Folder {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 made => made.with_context(|| format!("cannot make {}", path.display()))?,
             }
-            let lock_path = path.join("lock");
-            let opened = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&lock_path);
-            let file = match opened {
+            let lock_path = path.join(LOCK);
+            let file = match open_lock(&lock_path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.with_context(|| format!("cannot open {}", lock_path.display()))?,
             };
@@ -82,13 +87,15 @@ impl Folder {
             let left = fs::read_to_string(&lock_path).unwrap_or_default();
             if !left.trim().is_empty() {
                 say(&format!(
-                    "an earlier VM named {name} (process {}) was killed together with what kept it; its folder is cleared",
+                    "an earlier VM named {name} (process {}) was killed together with what kept it; its folder is cleared, but for its events and crash reports",
                     super::process::printable(left.trim())
                 ));
             }
-            remove_contents_but_lock(&path).with_context(|| format!("cannot clear {}", path.display()))?;
+            clear(&path).with_context(|| format!("cannot clear {}", path.display()))?;
             lock.set_len(0)?;
             writeln!(lock, "{}", std::process::id())?;
+            // Best effort: a folder too many harms nobody.
+            let _ = forget_ended(base);
             return Ok(Folder { path, lock });
         }
         bail!("cannot take {}: it is removed again and again", path.display())
@@ -119,8 +126,21 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         // The lock is still held: nobody else has moved in. What cannot be removed now, the next of that name clears.
-        let _ = fs::remove_dir_all(&self.path);
+        let _ = clear(&self.path);
+        let _ = fs::remove_file(self.path.join(LOCK));
+        // Only if nothing is left in it.
+        let _ = fs::remove_dir(&self.path);
     }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
 }
 
 fn in_use(name: &Name, path: &Path) -> Result<String> {
@@ -169,16 +189,46 @@ fn is_same_file(file: &File, path: &Path) -> bool {
     }
 }
 
-fn remove_contents_but_lock(path: &Path) -> io::Result<()> {
+/// Removes everything but the lock and what is to outlive a VM.
+fn clear(path: &Path) -> io::Result<()> {
     for entry in fs::read_dir(path)? {
         let entry = entry?;
-        if entry.file_name() == "lock" {
+        let name = entry.file_name();
+        let is_folder = entry.file_type()?.is_dir();
+        let is_record =
+            RECORDS.iter().any(|record| name == *record) && (is_folder || entry.metadata()?.len() > 0);
+        if name == LOCK || is_record {
             continue;
         }
-        if entry.file_type()?.is_dir() {
+        if is_folder {
             fs::remove_dir_all(entry.path())?;
         } else {
             fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes the folders of the VMs that ended first, if there are too many.
+fn forget_ended(base: &Path) -> io::Result<()> {
+    let mut ended = Vec::new();
+    for entry in fs::read_dir(base)? {
+        let path = entry?.path();
+        if path.is_dir() && !path.join(LOCK).exists() {
+            // Its last change is that its lock went.
+            ended.push((fs::metadata(&path)?.modified()?, path));
+        }
+    }
+    ended.sort();
+    let superfluous = ended.len().saturating_sub(MAX_ENDED);
+    for (_, path) in ended.iter().take(superfluous) {
+        // A VM of that name may be starting: whoever has the lock has the folder.
+        let lock_path = path.join(LOCK);
+        let Ok(lock) = Flock::lock(open_lock(&lock_path)?, FlockArg::LockExclusiveNonblock) else {
+            continue;
+        };
+        if is_same_file(&lock, &lock_path) {
+            fs::remove_dir_all(path)?;
         }
     }
     Ok(())
@@ -206,7 +256,7 @@ mod tests {
             )
         );
         drop(first);
-        assert!(!base.join("web").exists());
+        assert!(!base.join("web").exists(), "nothing has happened");
         Folder::take(&base, &name()).expect("free again");
     }
 
@@ -219,11 +269,52 @@ mod tests {
         fs::write(left.join("control"), "").expect("made");
         fs::write(left.join("lock"), "1\n").expect("made");
         let folder = Folder::take(&base, &name()).expect("nobody holds the lock");
-        let names: Vec<_> = fs::read_dir(folder.path())
-            .expect("readable")
-            .map(|entry| entry.expect("an entry").file_name())
-            .collect();
-        assert_eq!(names, ["lock"]);
+        assert_eq!(names_in(folder.path()), ["lock"]);
+    }
+
+    fn names_in(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).expect("readable");
+        let name = |entry: io::Result<fs::DirEntry>| entry.expect("an entry").file_name().into_string();
+        let mut names: Vec<String> = entries.map(|entry| name(entry).expect("text")).collect();
+        names.sort();
+        names
+    }
+
+    /// A VM of that name comes and goes; something happens meanwhile.
+    fn run(base: &Path, name: &str) {
+        let folder = Folder::take(base, &name.parse().expect("a name")).expect("free");
+        fs::write(folder.path().join("control"), "").expect("made");
+        chronicle::Chronicle::open(folder.path()).add(chronicle::Event::GuestReset { count: 1 });
+    }
+
+    #[test]
+    fn what_happened_outlives_the_vm_and_the_next_of_its_name_goes_on_from_there() {
+        let place = tempfile::tempdir().expect("a folder");
+        let base = place.path().join("bulkhead");
+        run(&base, "web");
+        assert_eq!(names_in(&base.join("web")), [chronicle::NEW]);
+        run(&base, "web");
+        let entries = chronicle::read_after(&base.join("web"), 0);
+        let numbers: Vec<u64> = entries.iter().map(|entry| entry.number).collect();
+        assert_eq!(numbers, [1, 2]);
+    }
+
+    #[test]
+    fn the_vms_that_ended_last_are_remembered_and_those_that_run_are_left_alone() {
+        let place = tempfile::tempdir().expect("a folder");
+        let base = place.path().join("bulkhead");
+        run(&base, "first");
+        let running = Folder::take(&base, &name()).expect("free");
+        for number in 0..MAX_ENDED {
+            run(&base, &format!("vm-{number}"));
+        }
+        assert!(base.join("first").exists(), "there is room for it");
+        run(&base, "one-too-many");
+        let _next = Folder::take(&base, &"next".parse().expect("a name")).expect("free");
+        assert!(!base.join("first").exists(), "it has ended first");
+        assert!(running.path().join(LOCK).exists());
+        // The others, the one that runs, and the one that comes.
+        assert_eq!(names_in(&base).len(), MAX_ENDED + 2);
     }
 
     #[test]

@@ -129,6 +129,7 @@ pub fn run(spec: &VmSpec, options: &Options) -> Outcome {
 fn supervise(mut supervisor: Supervisor) -> Outcome {
     loop {
         if let Some(outcome) = supervisor.finished() {
+            supervisor.tell_of_reports();
             return outcome;
         }
         if let Err(error) = supervisor.turn() {
@@ -177,6 +178,8 @@ struct Supervisor {
     /// Crash reports to be stored once nothing is more urgent, with their numbers.
     reports: Vec<(u64, CrashReport)>,
     next_report: u64,
+    /// The first one of this VM; those before are of earlier ones of its name.
+    first_report: u64,
     /// How long a server may owe an answer; `None`: it is not asked.
     patience: Option<Duration>,
     next_token: u64,
@@ -267,6 +270,7 @@ impl Supervisor {
         }
         let mut timers = Timers::default();
         timers.set(Instant::now() + START_DEADLINE, Timer::StartOverdue);
+        let first_report = crash_report::next_number(folder.path());
         Ok(Supervisor {
             phase: Phase::Starting {
                 reports: Vec::new(),
@@ -289,7 +293,8 @@ impl Supervisor {
             timers,
             chronicle: Chronicle::open(folder.path()),
             reports: Vec::new(),
-            next_report: 1,
+            next_report: first_report,
+            first_report,
             patience: liveness::patience(spec),
             next_token: 0,
             terminal: match spec.console {

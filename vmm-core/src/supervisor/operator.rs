@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::chronicle::{Event, read_after};
 use super::control::{Reply, event_replies};
-use super::crash_report::CrashReport;
+use super::crash_report::{self, CrashReport};
 use super::report::{Outcome, say};
 use super::room::Server;
 use super::timers::Timer;
@@ -39,6 +39,20 @@ impl Supervisor {
             if let Err(error) = report.store(self.folder.path(), number) {
                 say(&format!("cannot keep crash report {number}: {error}"));
             }
+        }
+    }
+
+    /// The VM has ended: says whether there are reports of it.
+    pub(super) fn tell_of_reports(&self) {
+        let stored = crash_report::list(self.folder.path());
+        let own = stored.iter().filter(|(number, _)| *number >= self.first_report);
+        let name = &self.name;
+        match own.count() {
+            0 => {}
+            1 => say(&format!("a crash report is kept: bulkhead crashes {name}")),
+            count => say(&format!(
+                "{count} crash reports are kept: bulkhead crashes {name}"
+            )),
         }
     }
 

@@ -23,7 +23,7 @@ use super::timers::Timers;
 use crate::spec::OnCrash;
 
 /// Changed with every change of what is saved.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +38,7 @@ pub struct SavedVm {
     pub crashed: bool,
     pub patience_ms: Option<u64>,
     pub next_report: u64,
+    pub first_report: u64,
     /// The terminal that the guest's console is on, by its device number.
     pub terminal: Option<u64>,
     pub vcpu: SavedProcess,
@@ -126,6 +127,7 @@ impl Supervisor {
                 .patience
                 .map(|patience| u64::try_from(patience.as_millis()).unwrap_or(u64::MAX)),
             next_report: self.next_report,
+            first_report: self.first_report,
             terminal: self.terminal,
             vcpu: saved(&self.vcpu, timers),
             keeper: saved(keeper, timers),

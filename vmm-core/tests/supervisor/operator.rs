@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! What an operator is told, and devices that are held.
 
+use std::process::Command;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmm_core::supervisor::chronicle::{Entry, Event, read_after};
@@ -26,6 +28,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a_vm_that_is_so_configured_ends_when_a_device_would_be_held",
         a_vm_that_is_so_configured_ends_when_a_device_would_be_held,
+    ),
+    (
+        "what_happened_can_be_asked_for_when_the_vm_has_ended",
+        what_happened_can_be_asked_for_when_the_vm_has_ended,
     ),
     (
         "who_follows_the_events_hears_of_each_and_of_the_end",
@@ -186,7 +192,57 @@ fn a_vm_that_is_so_configured_ends_when_a_device_would_be_held() {
         "{}",
         ended.stderr
     );
-    assert!(!place.path("run/vm").exists(), "the folder is removed");
+    place.expect_ended();
+}
+
+/// What `bulkhead` says of the VM.
+fn said(place: &Place, args: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+        .args(args)
+        .arg("--run-folder")
+        .arg(place.path("run"))
+        .output()
+        .expect("started");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn what_happened_can_be_asked_for_when_the_vm_has_ended() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    kill_hard(process(&place, "disk0"));
+    event(&place, |event| {
+        matches!(event, Event::Serving { .. }).then_some(())
+    });
+    let ended = stop(&place, running);
+    let hint = "bulkhead: a crash report is kept: bulkhead crashes vm\n";
+    assert!(ended.stderr.ends_with(hint), "{}", ended.stderr);
+    place.expect_ended();
+    let first = said(&place, &["crashes", "vm"]);
+    assert!(
+        first.starts_with("1 ") && first.contains("disk0 (server 1) killed by SIGKILL"),
+        "{first}"
+    );
+    assert!(said(&place, &["crashes", "vm", "1"]).contains("deaths of disk0: 1\n"));
+    assert!(said(&place, &["events", "vm"]).ends_with("the VM ends: somebody ended it\n"));
+
+    // A calm VM of that name has nothing to add but that it was there.
+    let calm = place.run(&["--cmdline", "poweroff"]);
+    assert_eq!(calm.stderr, "");
+    assert_eq!(said(&place, &["crashes", "vm"]), first);
+    let events = said(&place, &["events", "vm"]);
+    assert!(
+        events.ends_with("the VM ends: the guest switched itself off\n"),
+        "{events}"
+    );
+    assert_eq!(events.matches("the guest runs").count(), 2, "{events}");
+
+    let running = with_disk(&place, "");
+    kill_hard(process(&place, "disk0"));
+    until(|| (crash_report::list(&place.path("run/vm")).len() == 2).then_some(()));
+    assert!(stop(&place, running).stderr.ends_with(hint));
+    let both = said(&place, &["crashes", "vm"]);
+    assert!(both.starts_with(&first) && both.contains("\n2 "), "{both}");
 }
 
 fn who_follows_the_events_hears_of_each_and_of_the_end() {

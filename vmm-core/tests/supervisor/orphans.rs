@@ -198,7 +198,7 @@ fn stopped(place: &Place, running: Running, others: &[Other]) -> String {
     let ended = running.wait();
     ended.expect(0, "");
     others.iter().for_each(Other::wait);
-    assert!(!place.path("run/vm").exists(), "the folder is removed");
+    place.expect_ended();
     ended.stderr
 }
 

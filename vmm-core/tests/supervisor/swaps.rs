@@ -220,7 +220,10 @@ fn a_swap_puts_a_server_of_the_new_program_in_place() {
         ended.stdout,
         "the guest runs\nServerAttached 2\nServerGone 1\nServerAttached 3\nServerGone 2\nServerGone 3\nServerAttached 4\n"
     );
-    assert_eq!(ended.stderr, "bulkhead: disk0 (server 3) killed by SIGKILL\n");
+    assert_eq!(
+        ended.stderr,
+        "bulkhead: disk0 (server 3) killed by SIGKILL\nbulkhead: a crash report is kept: bulkhead crashes vm\n"
+    );
 }
 
 fn a_swap_to_a_broken_program_leaves_the_old_server_where_it_is() {

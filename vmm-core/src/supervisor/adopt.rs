@@ -20,6 +20,7 @@ use super::folder::Folder;
 use super::input::Input;
 use super::keeper::mirror::Keeper;
 use super::keeper::{FromKeeper, LISTENER, ToKeeper, first_word, receive_kept};
+use super::oom::OomWatch;
 use super::policy::History;
 use super::process::Process;
 use super::report::{Outcome, say};
@@ -244,6 +245,7 @@ impl Supervisor {
             reports: Vec::new(),
             next_report: vm.next_report,
             first_report: vm.first_report,
+            oom: OomWatch::new(),
             patience: vm.patience_ms.map(Duration::from_millis),
             next_token: 0,
             terminal: vm.terminal,

@@ -14,6 +14,7 @@ use sandbox::ExitCause;
 use vmbus::record::{self, EVENT_COUNT};
 
 use super::clock::utc;
+use super::oom::Finding;
 
 /// In the VM's folder.
 pub const FOLDER: &str = "crashes";
@@ -39,6 +40,8 @@ pub struct CrashReport {
     pub deaths: u32,
     /// The last lines that it logged.
     pub log: Vec<String>,
+    /// What the counters of the OOM killer say.
+    pub oom: Option<Finding>,
     /// Read when the report is stored: a successor does not wait for that.
     pub recorder: Option<OwnedFd>,
 }
@@ -51,13 +54,7 @@ impl CrashReport {
             (ExitCause::Signaled { signal, .. }, Some(number)) if signal == libc::SIGSYS => {
                 format!("{} number {number}", self.cause)
             }
-            (ExitCause::Signaled { signal, .. }, _) if signal == libc::SIGKILL && self.blame.is_none() => {
-                format!(
-                    "{} from outside, for example by the kernel for want of memory",
-                    self.cause
-                )
-            }
-            (cause, _) => cause.to_string(),
+            (cause, _) => Finding::tell(self.oom, cause, self.blame.is_some()),
         }
     }
 
@@ -211,6 +208,7 @@ mod tests {
             blame: None,
             uptime: Duration::from_millis(1500),
             deaths: 3,
+            oom: None,
             log: vec!["bulkhead-block: seccomp refused system call 41".to_owned()],
             recorder: Some(fd),
         }

@@ -45,6 +45,7 @@ impl Supervisor {
         let (Some(patience), Phase::Running) = (self.patience, &self.phase) else {
             return;
         };
+        self.oom.look();
         let now = Instant::now();
         let mut hanging = Vec::new();
         for (index, room) in self.rooms.iter_mut().enumerate() {

@@ -8,6 +8,7 @@ use vmbus::ipc::{ExitCause as VmExit, OnReset, PeerFault, SupervisorToVcpu, Vcpu
 
 use super::chronicle::Event;
 use super::events::show_lines;
+use super::oom::Finding;
 use super::report::{Outcome, say};
 use super::{MESSAGES_PER_TURN, Phase, Supervisor, process, report, tell_vcpu};
 use crate::spec::OnCrash;
@@ -153,6 +154,7 @@ impl Supervisor {
             .last_words()
             .map(|line| format!("; its last words: {line:?}"))
             .unwrap_or_default();
+        let cause = Finding::tell(self.oom.finding(), cause, self.vcpu_failed.is_some());
         format!("bulkhead-vcpu {cause}{said}")
     }
 

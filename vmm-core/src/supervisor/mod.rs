@@ -41,7 +41,7 @@
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
 //! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
 //! | `liveness.rs` | servers that hang |
-//! | `crash_report.rs` | what is known of a process that died |
+//! | `crash_report.rs`, `oom.rs` | what is known of a process that died, and of the host's want of memory |
 //! | `report.rs` | sentences and exit status |
 
 pub mod adopt;
@@ -61,6 +61,7 @@ mod keep;
 pub mod keeper;
 pub mod liveness;
 mod machine;
+pub mod oom;
 mod operator;
 mod person;
 pub mod plan;
@@ -93,6 +94,7 @@ use folder::Folder;
 use input::Input;
 use inspection::{Client, Inspection};
 use keeper::mirror::Keeper;
+use oom::OomWatch;
 use policy::History;
 use process::Process;
 use report::{Outcome, say};
@@ -180,6 +182,7 @@ struct Supervisor {
     next_report: u64,
     /// The first one of this VM; those before are of earlier ones of its name.
     first_report: u64,
+    oom: OomWatch,
     /// How long a server may owe an answer; `None`: it is not asked.
     patience: Option<Duration>,
     next_token: u64,
@@ -295,6 +298,7 @@ impl Supervisor {
             reports: Vec::new(),
             next_report: first_report,
             first_report,
+            oom: OomWatch::new(),
             patience: liveness::patience(spec),
             next_token: 0,
             terminal: match spec.console {

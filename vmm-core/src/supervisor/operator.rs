@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use super::chronicle::{Event, read_after};
 use super::control::{Reply, event_replies};
-use super::crash_report::{self, CrashReport};
+use super::crash_report;
 use super::report::{Outcome, say};
-use super::room::Server;
+use super::room::{Death, Server};
 use super::timers::Timer;
 use super::{Phase, Supervisor};
 
@@ -20,8 +20,14 @@ impl Supervisor {
             .retain_mut(|client| !client.follows || client.tell(&reply));
     }
 
-    /// Notes the death of a server. The report is stored when its successor has been started.
-    pub(super) fn note_death(&mut self, report: CrashReport) {
+    /// Says and notes that a server has died. The report is stored when its successor has been started.
+    pub(super) fn note_death(&mut self, death: Death) {
+        let mut report = death.report;
+        report.oom = self.oom.finding();
+        say(&death.sentence);
+        if report.oom.is_some_and(|finding| finding.was_at_work()) {
+            say(&format!("{} was {}", report.name, report.cause()));
+        }
         let number = self.next_report;
         self.next_report = number.saturating_add(1);
         self.note(Event::Death {

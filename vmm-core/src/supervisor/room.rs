@@ -315,6 +315,7 @@ impl RoomState {
             blame: blame.take(),
             uptime: started.elapsed(),
             deaths: self.deaths,
+            oom: None,
             log: process.log.last_lines(),
             recorder: process.recorder.take(),
         };

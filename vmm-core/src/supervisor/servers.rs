@@ -134,8 +134,7 @@ impl Supervisor {
                 if fenced.is_none() {
                     self.start_before_fenced(index);
                 }
-                say(&death.sentence);
-                self.note_death(death.report);
+                self.note_death(death);
                 if let Some(gone) = fenced {
                     self.find_successor(index, gone);
                 }

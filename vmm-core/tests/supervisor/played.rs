@@ -304,6 +304,10 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
                     nix::unistd::write(&socket, b"nonsense").expect("written");
                     std::thread::park();
                 }
+                ("eats", 1) => {
+                    // More than it can have: the kernel ends this.
+                    std::hint::black_box(vec![1_u8; 1 << 30]);
+                }
                 (_, 1) => {
                     eprintln!("I cannot go on");
                     std::process::abort();

@@ -177,6 +177,8 @@ impl Given {
             journal: self.take(&format!("{name}.journal"))?,
             plan: saved.plan,
             program: saved.program,
+            before: saved.before,
+            gave_up: saved.gave_up,
             server,
             generation: saved.generation,
             told_to_stop: saved.told_to_stop.then(Instant::now),

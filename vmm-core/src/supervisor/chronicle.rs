@@ -75,6 +75,13 @@ pub enum Event {
     },
     /// A planned replacement did not come to be; the old server goes on.
     SwapFailed { device: String, why: String },
+    /// The servers of a program that the device was swapped to only died: it gets those of the one before.
+    FellBack {
+        device: String,
+        from: String,
+        to: String,
+        why: String,
+    },
     /// A standby is attached and waits.
     Standby { device: String, generation: u32 },
     /// A standby ended without having been needed.
@@ -197,6 +204,7 @@ impl Event {
             Event::SwapFailed { why, .. }
             | Event::StandbyLost { why, .. }
             | Event::Held { why, .. }
+            | Event::FellBack { why, .. }
             | Event::Ending { why } => vec![Some(why)],
             Event::GuestCrash { text, .. } => vec![Some(text)],
             _ => Vec::new(),
@@ -259,6 +267,12 @@ impl fmt::Display for Entry {
                     "{device}: the replacement failed, the old server goes on: {why}"
                 )
             }
+            Event::FellBack {
+                device,
+                from,
+                to,
+                why,
+            } => write!(f, "{device} goes back from {from} to {to}: {why}"),
             Event::Standby { device, generation } => write!(f, "{device}: server {generation} stands by"),
             Event::StandbyLost { device, why } => write!(f, "{device}: the standby is lost: {why}"),
             Event::Promoted { device, generation } => {

@@ -68,6 +68,8 @@ pub struct DeviceLine {
     pub process: Option<i32>,
     /// The server that waits, if there is one: its state (`starts`, `waits`), generation and process.
     pub successor: Option<(String, u32, i32)>,
+    /// The program that it was swapped to last, if that was given up.
+    pub gave_up: Option<String>,
 }
 
 /// What the supervisor answers.
@@ -119,7 +121,11 @@ impl std::fmt::Display for DeviceLine {
             )?,
             None => f.write_str(" successor=none")?,
         }
-        write!(f, " program={program}")
+        write!(f, " program={program}")?;
+        match &self.gave_up {
+            Some(program) => write!(f, " gave-up={program}"),
+            None => Ok(()),
+        }
     }
 }
 

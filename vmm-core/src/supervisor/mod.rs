@@ -33,6 +33,7 @@
 //! | `room.rs` | a device and its servers |
 //! | `events.rs` | the loop |
 //! | `successor.rs`, `swap.rs`, `standby.rs` | servers that wait, planned replacement, and standbys |
+//! | `fallback.rs` | going back to the program before a planned replacement |
 //! | `machine.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, the servers and a person say |
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
@@ -54,6 +55,7 @@ pub mod control;
 pub mod crash_report;
 mod ending;
 mod events;
+mod fallback;
 pub mod folder;
 mod input;
 mod inspection;

@@ -107,8 +107,8 @@ impl Supervisor {
         if !matches!(room.server, Server::Held) {
             return Reply::Refused(format!("{device} is not held"));
         }
-        if program.is_some() {
-            room.program = program;
+        if let Some(program) = program {
+            room.set_program(program);
         }
         room.history.forget();
         room.server = Server::Pausing;

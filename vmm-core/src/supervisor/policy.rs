@@ -21,6 +21,9 @@ const PAUSES_MS: [u64; 7] = [0, 20, 100, 250, 500, 1000, 2000];
 const LOOP_DEATHS: usize = 10;
 const LOOP_WINDOW_MS: u64 = 60_000;
 
+/// So many are enough for servers on trial, to which there is an alternative: the guest waits.
+const TRIAL_DEATHS: usize = 3;
+
 const _: () = assert!(LOOP_DEATHS > PAUSES_MS.len());
 
 /// What is remembered of a room's servers. Times are in milliseconds of any clock that does not go back.
@@ -30,6 +33,8 @@ pub struct History {
     /// The last deaths, the newest at the back.
     deaths: VecDeque<u64>,
     since_calm: usize,
+    /// Nobody has been calm since [`Self::begin_trial`].
+    on_trial: bool,
 }
 
 /// What follows a death.
@@ -60,6 +65,11 @@ impl History {
         *self = History::new(self.restart);
     }
 
+    /// Servers of another program come, which could be given up for those that were.
+    pub fn begin_trial(&mut self) {
+        self.on_trial = true;
+    }
+
     /// A server that was started at `started_ms` died at `now_ms`.
     pub fn on_death(&mut self, started_ms: u64, now_ms: u64) -> Decision {
         if self.restart == Restart::Always {
@@ -67,6 +77,7 @@ impl History {
         }
         if now_ms.saturating_sub(started_ms) >= CALM_MS {
             self.since_calm = 0;
+            self.on_trial = false;
         }
         self.deaths.push_back(now_ms);
         while let Some(&oldest) = self.deaths.front()
@@ -74,7 +85,8 @@ impl History {
         {
             self.deaths.pop_front();
         }
-        if self.deaths.len() >= LOOP_DEATHS {
+        let limit = if self.on_trial { TRIAL_DEATHS } else { LOOP_DEATHS };
+        if self.deaths.len() >= limit {
             return Decision::Hold {
                 deaths: self.deaths.len(),
                 within_ms: LOOP_WINDOW_MS,
@@ -123,6 +135,26 @@ mod tests {
                 within_ms: 60_000
             }
         );
+    }
+
+    #[test]
+    fn servers_on_trial_are_given_up_soon_unless_one_has_been_calm() {
+        let mut history = History::default();
+        history.begin_trial();
+        assert_eq!(history.on_death(0, 1), restart(0));
+        assert_eq!(history.on_death(1, 2), restart(20));
+        let given_up = Decision::Hold {
+            deaths: 3,
+            within_ms: LOOP_WINDOW_MS,
+        };
+        assert_eq!(history.on_death(22, 23), given_up);
+        let mut history = History::default();
+        history.begin_trial();
+        assert_eq!(history.on_death(0, CALM_MS), restart(0));
+        for death in 1..=3 {
+            let now = CALM_MS + death;
+            assert!(matches!(history.on_death(now, now), Decision::Restart { .. }));
+        }
     }
 
     #[test]

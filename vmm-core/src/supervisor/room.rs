@@ -32,6 +32,10 @@ pub struct RoomState {
     pub plan: Room,
     /// The servers' program, if it is not the one that came with `bulkhead`.
     pub program: Option<PathBuf>,
+    /// That of the servers before the last swap, if it was another one: see `fallback.rs`.
+    pub before: Option<PathBuf>,
+    /// The one of the last swap, if it was given up.
+    pub gave_up: Option<PathBuf>,
     pub server: Server,
     /// Of the server that is there, or was last; 0 before the first.
     pub generation: u32,
@@ -112,6 +116,8 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
         rooms.push(RoomState {
             plan: room.clone(),
             program: None,
+            before: None,
+            gave_up: None,
             server: Server::Pausing,
             generation: 0,
             told_to_stop: None,
@@ -342,11 +348,11 @@ impl RoomState {
             Server::Fencing { .. } | Server::Pausing => ("ended", None),
             Server::Held => ("held", None),
         };
-        let own = settings.programs.join(self.plan.program.file_name());
         DeviceLine {
             name: self.plan.name.clone(),
             kind: self.plan.program.kind().to_owned(),
-            program: self.program.as_ref().unwrap_or(&own).display().to_string(),
+            program: self.program_path(settings).display().to_string(),
+            gave_up: self.gave_up.as_ref().map(|path| path.display().to_string()),
             state: state.to_owned(),
             generation: self.generation,
             process: process.map(|process| process.child.pid.as_raw()),

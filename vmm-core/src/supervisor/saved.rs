@@ -23,7 +23,7 @@ use super::timers::Timers;
 use crate::spec::OnCrash;
 
 /// Changed with every change of what is saved.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +50,8 @@ pub struct SavedVm {
 pub struct SavedRoom {
     pub plan: Room,
     pub program: Option<PathBuf>,
+    pub before: Option<PathBuf>,
+    pub gave_up: Option<PathBuf>,
     pub server: SavedServer,
     pub generation: u32,
     pub told_to_stop: bool,
@@ -171,6 +173,8 @@ fn save_room(room: &RoomState, timers: &Timers) -> SavedRoom {
     SavedRoom {
         plan: room.plan.clone(),
         program: room.program.clone(),
+        before: room.before.clone(),
+        gave_up: room.gave_up.clone(),
         server,
         generation: room.generation,
         told_to_stop: room.told_to_stop.is_some(),

@@ -253,7 +253,7 @@ impl Supervisor {
             policy::Decision::Hold { deaths, within_ms } => {
                 let seconds = within_ms / 1000;
                 self.dismiss_successor(index);
-                self.hold(index, &format!("{name} died {deaths} times in {seconds} seconds"));
+                self.give_up(index, &format!("{name} died {deaths} times in {seconds} seconds"));
             }
         }
     }
@@ -298,7 +298,7 @@ impl Supervisor {
                         let at = Instant::now() + Duration::from_millis(after_ms);
                         self.timers.set(at, Timer::Restart { room: index });
                     }
-                    policy::Decision::Hold { .. } => self.hold(index, &format!("{error:#}")),
+                    policy::Decision::Hold { .. } => self.give_up(index, &format!("{error:#}")),
                 }
             }
         }

@@ -354,11 +354,7 @@ impl Supervisor {
         let process = process.child.pid.as_raw();
         match room.swap.take_if(|swap| swap.to == generation) {
             Some(swap) => {
-                if swap.program.is_some() {
-                    room.program = swap.program;
-                }
-                // The deaths were those of the servers before.
-                room.history.forget();
+                room.begin_trial(swap.program, &self.settings);
                 let stall_us = stall_us.unwrap_or(0);
                 self.answer_swap(
                     index,

@@ -46,12 +46,12 @@ pub const ALL: &[(&str, fn())] = &[
 ];
 
 /// All events so far.
-fn events(place: &Place) -> Vec<Entry> {
+pub fn events(place: &Place) -> Vec<Entry> {
     read_after(&place.path("run/vm"), 0)
 }
 
 /// The first event for which there is something to say.
-fn event<T>(place: &Place, look: impl Fn(&Event) -> Option<T>) -> T {
+pub fn event<T>(place: &Place, look: impl Fn(&Event) -> Option<T>) -> T {
     until(|| events(place).iter().find_map(|entry| look(&entry.event)))
 }
 

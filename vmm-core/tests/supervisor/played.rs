@@ -92,17 +92,19 @@ pub fn vcpu() -> ExitCode {
         say(&mut socket, VcpuToSupervisor::Ready { report: report(&[]) });
     }
     let mut links = Vec::new();
+    let mut place = ServingPlace::default();
     let mut heard = Vec::new();
     while let Some((message, mut fds)) = next::<SupervisorToVcpu>(&mut socket) {
         heard.push(message.name());
         if let (
-            "watch" | "watch-loop",
+            "watch" | "watch-loop" | "watch-serve",
             SupervisorToVcpu::ServerAttached { generation, .. }
             | SupervisorToVcpu::ServerGone { generation, .. },
         ) = (play.as_str(), &message)
         {
             writeln!(console_out, "{} {generation}", message.name()).expect("written");
         }
+        let serves = place.on_message(&message);
         match message {
             SupervisorToVcpu::AddDevice { .. } | SupervisorToVcpu::ServerAttached { .. } => {
                 links.push(Socket::new(fds.pop().expect("a link")));
@@ -170,12 +172,46 @@ pub fn vcpu() -> ExitCode {
             } => {}
             _ => {}
         }
+        if play == "watch-serve" && serves {
+            // Nobody may be there any more.
+            nix::unistd::write(links.last().expect("a link"), SERVE).ok();
+        }
         if !play.starts_with("watch") && heard.ends_with(&["ServerGone", "ServerAttached"]) {
             writeln!(console_out, "a successor came").expect("written");
             return power_off(&mut socket);
         }
     }
     ExitCode::FAILURE
+}
+
+/// The sign for a played server that it serves now.
+const SERVE: &[u8] = b"serve";
+
+/// Who serves the one device, and who waits for that.
+#[derive(Default)]
+struct ServingPlace {
+    serving: Option<u32>,
+    waiting: Option<u32>,
+}
+
+impl ServingPlace {
+    /// Whether the newest server serves from now on. (The first one does so by itself.)
+    fn on_message(&mut self, message: &SupervisorToVcpu) -> bool {
+        match message {
+            SupervisorToVcpu::AddDevice { .. } => self.serving = Some(1),
+            SupervisorToVcpu::ServerAttached { generation, .. } => self.waiting = Some(*generation),
+            SupervisorToVcpu::ServerGone { generation, .. } => {
+                self.serving.take_if(|serving| serving == generation);
+                self.waiting.take_if(|waiting| waiting == generation);
+            }
+            _ => return false,
+        }
+        if self.serving.is_none() {
+            self.serving = self.waiting.take();
+            return self.serving.is_some();
+        }
+        false
+    }
 }
 
 fn power_off(socket: &mut Socket) -> ExitCode {
@@ -299,7 +335,11 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
                 .expect("polled");
                 continue;
             }
+            if sign.starts_with(SERVE) && play != "dies-serving" {
+                continue;
+            }
             match (play.as_str(), generation) {
+                ("dies-serving", _) => std::process::abort(),
                 ("nonsense", 1) => {
                     nix::unistd::write(&socket, b"nonsense").expect("written");
                     std::thread::park();

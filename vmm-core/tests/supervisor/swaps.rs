@@ -7,9 +7,11 @@ use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vmm_core::supervisor::chronicle::{Entry, Event};
 use vmm_core::supervisor::control::{Reply, Request};
 
 use super::cases::{Ended, PATIENCE, Place, Running, is_gone, replies};
+use super::operator::{event, events};
 use super::played::SWAPPED;
 
 pub const ALL: &[(&str, fn())] = &[
@@ -20,6 +22,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a_swap_to_a_broken_program_leaves_the_old_server_where_it_is",
         a_swap_to_a_broken_program_leaves_the_old_server_where_it_is,
+    ),
+    (
+        "a_program_whose_servers_die_at_work_is_given_up_for_the_one_before_once",
+        a_program_whose_servers_die_at_work_is_given_up_for_the_one_before_once,
     ),
     (
         "devices_are_listed_with_their_servers_and_those_that_wait",
@@ -298,6 +304,53 @@ fn a_swap_to_a_broken_program_leaves_the_old_server_where_it_is() {
             heard.concat()
         )
     );
+}
+
+fn a_program_whose_servers_die_at_work_is_given_up_for_the_one_before_once() {
+    for (before, is_held) in [("fine", false), ("dies-serving", true)] {
+        let place = Place::new();
+        let disk = format!("memory=1M,serial={before}");
+        let running = place.start(&["--cmdline", "watch-serve", "--disk", &disk]);
+        place.wait_until_it_runs();
+        let bad = program(&place, "dies-serving");
+        let swapped = swap(&place, &request(Some(bad.clone())));
+        assert!(matches!(swapped, Reply::Swapped { .. }), "{swapped:?}");
+        let (from, to) = (bad.display().to_string(), place.path("bulkhead-block"));
+        let why = event(&place, |event| match event {
+            Event::FellBack {
+                device,
+                from: left,
+                to: taken,
+                why,
+            } if device == "disk0" => {
+                assert_eq!((left, taken), (&from, &to.display().to_string()));
+                Some(why.clone())
+            }
+            _ => None,
+        });
+        assert_eq!(why, "disk0 died 3 times in 60 seconds");
+        if is_held {
+            event(&place, |event| matches!(event, Event::Held { .. }).then_some(()));
+        } else {
+            // Three have died; it serves until it is stopped.
+            event(&place, |event| {
+                matches!(event, Event::Serving { generation: 5, .. }).then_some(())
+            });
+        }
+        let fell_back = |entry: &Entry| matches!(entry.event, Event::FellBack { .. });
+        assert_eq!(events(&place).iter().filter(|entry| fell_back(entry)).count(), 1);
+        let [Reply::Devices(lines)] = &place.ask(&Request::Devices)[..] else {
+            panic!("no list");
+        };
+        let state = if is_held { "held" } else { "serves" };
+        let line = lines[0].to_string();
+        assert!(line.starts_with(&format!("disk0 block {state} ")), "{line}");
+        assert!(
+            line.ends_with(&format!(" program={} gave-up={from}", to.display())),
+            "{line}"
+        );
+        stop(&place, running);
+    }
 }
 
 fn devices_are_listed_with_their_servers_and_those_that_wait() {

@@ -9,6 +9,7 @@ use super::timeline::{Stalls, Timeline};
 use super::vm::Vm;
 use super::{CHANNELS, ServerKind, block, net};
 use anyhow::{Context, Result};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use vmbus::vsc::GuestOptions;
 
@@ -54,13 +55,13 @@ pub fn play(
     early: impl FnOnce(&Vm, &Timeline) -> Result<()>,
     work: impl FnOnce(Scene<'_>) -> Result<()>,
 ) -> Result<Seen> {
-    let image = tempfile::Builder::new()
-        .prefix("bulkhead-kill-disk-")
-        .tempfile_in(plan.folder)
+    // Without a name, so that nothing of it is left however this process ends.
+    let image = tempfile::tempfile_in(plan.folder)
         .with_context(|| format!("cannot make a disk in {}", plan.folder.display()))?;
-    image.as_file().set_len(block::disk_bytes(CHANNELS))?;
+    image.set_len(block::disk_bytes(CHANNELS))?;
+    let path = format!("/proc/{}/fd/{}", std::process::id(), image.as_raw_fd());
     let (flag, threads) = match plan.kind {
-        ServerKind::Block => (format!("--disk=path={}", image.path().display()), CHANNELS),
+        ServerKind::Block => (format!("--disk=path={path}"), CHANNELS),
         ServerKind::Net => (format!("--net=user,queues={CHANNELS}"), 1),
     };
     let flag = flag + if plan.standby { ",standby" } else { "" };
@@ -82,8 +83,7 @@ pub fn play(
         ServerKind::Block => {
             let initiators = block::open_channels(&mut host, CHANNELS, &faults)?;
             for (channel, initiator) in initiators.into_iter().enumerate() {
-                let load =
-                    block::Load::new(&mut host, channel, initiator, image.as_file(), shared, plan.seed)?;
+                let load = block::Load::new(&mut host, channel, initiator, &image, shared, plan.seed)?;
                 jobs.push(Box::new(|stop| load.run(stop)));
             }
         }

@@ -28,8 +28,9 @@ const DEATHS: u64 = 4;
 /// Limit: passes of a step before the one that is deadly, so that the deaths are not all alike.
 const PASSES: u64 = 24;
 
-/// Limit: how long a step may not be passed under load before it counts as unreachable.
-const UNPASSED: Duration = Duration::from_secs(3);
+/// Limit: how long a step may not be passed under load before it counts as unreachable. Some are passed with every
+/// other control message only.
+const UNPASSED: Duration = Duration::from_secs(10);
 
 /// Limit: predecessors killed for one death of a successor. Not every one leaves something to be settled.
 const PREDECESSORS: u64 = 40;
@@ -198,8 +199,13 @@ impl Course<'_, '_> {
         } else {
             self.scene.timeline.order();
             self.trigger.arm(step, self.random.below(PASSES) as u32);
-            let deadline = Instant::now() + UNPASSED;
-            while self.trigger.is_armed() && Instant::now() < deadline {
+            let (mut left, mut since) = (None, Instant::now());
+            while let Some(now) = self.trigger.passes_left()
+                && since.elapsed() < UNPASSED
+            {
+                if left.replace(now) != Some(now) {
+                    since = Instant::now();
+                }
                 std::thread::sleep(Duration::from_micros(50));
             }
             if !self.trigger.disarm() {

@@ -137,9 +137,16 @@ impl Trigger {
         word != 0
     }
 
+    /// How often the server will pass the step before the pass of which it dies; `None`: it has died.
+    pub fn passes_left(&self) -> Option<u32> {
+        // Ordering: as above.
+        let word = self.map.load_u64(TRIGGER, Ordering::Acquire).expect(IN_RANGE);
+        (word != 0).then_some((word >> 32) as u32)
+    }
+
     /// Whether the server has not died of it yet.
     pub fn is_armed(&self) -> bool {
-        self.map.load_u64(TRIGGER, Ordering::Acquire).expect(IN_RANGE) != 0
+        self.passes_left().is_some()
     }
 }
 

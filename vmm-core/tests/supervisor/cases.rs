@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use vmbus::ipc::Socket;
 use vmm_core::pc::boot::halting_kernel;
 use vmm_core::supervisor::control::{Reply, Request, connect_to};
+use vmm_core::supervisor::keeper::is_orphaned;
 
 /// Limit: for everything that a test waits for.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -85,9 +86,34 @@ pub struct Place {
     pub folder: TempDir,
 }
 
-/// A supervisor that runs.
+/// A supervisor that runs, and is ended with its VM when this is dropped: by a test that fails.
 pub struct Running {
     pub child: Child,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            if matches!(self.child.try_wait(), Ok(None)) {
+                self.signal(signal);
+                self.ends();
+            }
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // A test that fails may have killed the supervisor of a VM that goes on.
+        if std::thread::panicking() && is_orphaned(&self.path("run/vm")).unwrap_or(false) {
+            let mut adopter = self.adopt("vm");
+            // What is asked now waits for it.
+            if let Ok(Some(mut socket)) = connect_to(&self.control()) {
+                socket.send(&Request::Stop, &[]).ok();
+                adopter.ends();
+            }
+        }
+    }
 }
 
 /// A supervisor that ended.
@@ -131,6 +157,19 @@ impl Place {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         command
+    }
+
+    pub fn adopt(&self, name: &str) -> Running {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        command
+            .args(["adopt", name, "--run-folder"])
+            .arg(self.path("run"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Running {
+            child: command.spawn().expect("started"),
+        }
     }
 
     pub fn start(&self, args: &[&str]) -> Running {
@@ -185,6 +224,14 @@ impl Place {
 }
 
 impl Running {
+    /// Waits for its end for as long as it may take.
+    fn ends(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(15);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+
     pub fn wait(mut self) -> Ended {
         let mut stdout = String::new();
         let mut stderr = String::new();
@@ -213,9 +260,10 @@ impl Running {
         stderr
     }
 
+    /// It may have ended already.
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
-        kill(Pid::from_raw(pid), signal).expect("signalled");
+        kill(Pid::from_raw(pid), signal).ok();
     }
 }
 

@@ -2,7 +2,6 @@
 //! Supervisors that are killed, and keepers.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Command, Stdio};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -168,19 +167,6 @@ fn a_keeper_that_dies_is_followed_by_one_that_holds_as_much() {
     second.iter().for_each(Other::wait);
 }
 
-fn adopt(place: &Place, name: &str) -> Running {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
-    command
-        .args(["adopt", name, "--run-folder"])
-        .arg(place.path("run"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    Running {
-        child: command.spawn().expect("started"),
-    }
-}
-
 /// The process that serves the disk, once it is another one.
 fn next_server(place: &Place, before: &Other) -> i32 {
     until(|| {
@@ -207,7 +193,7 @@ fn an_adopted_vm_goes_on_and_its_servers_get_successors() {
     let running = started(&place);
     let others = processes(&place);
     running.kill();
-    let adopter = adopt(&place, "vm");
+    let adopter = place.adopt("vm");
     place.wait_until_it_runs();
     assert!(!folder_is_orphaned(&place));
     let now = processes(&place);
@@ -243,7 +229,7 @@ fn a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption() {
     running.kill();
     named(&others, "disk0").kill();
     named(&others, "disk0").wait();
-    let adopter = adopt(&place, "vm");
+    let adopter = place.adopt("vm");
     next_server(&place, named(&others, "disk0"));
     stopped(&place, adopter, &others);
 }
@@ -255,7 +241,7 @@ fn adopters_follow_each_other_and_a_service_manager_needs_one_command() {
     place.wait_until_it_runs();
     let others = processes(&place);
     running.kill();
-    let adopter = adopt(&place, "vm");
+    let adopter = place.adopt("vm");
     place.wait_until_it_runs();
     adopter.kill();
     let third = place.start(&args);
@@ -277,14 +263,15 @@ fn what_cannot_be_adopted_is_refused_with_a_sentence() {
     let place = Place::new();
     let running = started(&place);
     let others = processes(&place);
-    adopt(&place, "vm").wait().expect(
+    place.adopt("vm").wait().expect(
         1,
         &format!(
             "bulkhead: the VM vm has a supervisor (process {}): there is nothing to adopt\n",
             running.child.id()
         ),
     );
-    adopt(&place, "other")
+    place
+        .adopt("other")
         .wait()
         .expect(1, "bulkhead: no VM named other runs for this user");
     stopped(&place, running, &others);

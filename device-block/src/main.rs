@@ -7,6 +7,7 @@ use device_block::config::ControllerConfig;
 use device_block::controller::{Controller, OpenDisks};
 use device_block::server::{IO_NUMBER_BASE, Parts, Server, URING_SLOTS};
 use device_block::storvsp::session::Session;
+use sandbox::Jail;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -27,9 +28,9 @@ pub fn main() -> ExitCode {
 }
 
 fn serve() -> Result<()> {
-    let control = sandbox::inherited_control_fd()?;
+    let (control, jail) = sandbox::inherited()?;
     let mut start = Start::receive(control)?;
-    match prepare(&mut start) {
+    match prepare(&mut start, jail) {
         Ok(room) => room.run(start),
         Err(error) => {
             start.fail(format!("{error:#}"))?;
@@ -49,7 +50,7 @@ struct Room {
     recorder: Option<Arc<Recorder>>,
 }
 
-fn prepare(start: &mut Start) -> Result<Room> {
+fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     start.init_logging()?;
     let config = ControllerConfig::parse(&start.config)?;
     let vcpu = start.fds.take("vcpu")?;
@@ -74,13 +75,11 @@ fn prepare(start: &mut Start) -> Result<Room> {
     drop(files);
     let controller = Controller::new(&config, disks, 1, IO_NUMBER_BASE)?;
 
-    let options = sandbox::Options {
-        require_full: start.require_full_sandbox,
-    };
-    let mut report = sandbox::enter(&sandbox::profile::block(), &options)?;
+    let require_full = jail.require_full;
+    let mut report = jail.lock_in()?;
     if !io.is_restricted() {
         let missing = "io_uring accepts any operation: the kernel has no restrictions for it (Linux 5.10)";
-        ensure!(!options.require_full, "{missing}");
+        ensure!(!require_full, "{missing}");
         report.missing.push(missing.to_owned());
     }
     let report = serde_json::to_string(&report)?;

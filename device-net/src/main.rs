@@ -8,6 +8,7 @@ use device_net::backend::tap::Tap;
 use device_net::config::{BackendKind, NicConfig};
 use device_net::server::saved::Saved;
 use device_net::server::{Server, ServerError};
+use sandbox::Jail;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,9 +29,9 @@ pub fn main() -> ExitCode {
 }
 
 fn serve() -> Result<()> {
-    let control = sandbox::inherited_control_fd()?;
+    let (control, jail) = sandbox::inherited()?;
     let mut start = Start::receive(control)?;
-    match prepare(&mut start) {
+    match prepare(&mut start, jail) {
         Ok(room) => room.run(start),
         Err(error) => {
             start.fail(format!("{error:#}"))?;
@@ -49,7 +50,7 @@ struct Room {
     recorder: Option<Arc<Recorder>>,
 }
 
-fn prepare(start: &mut Start) -> Result<Room> {
+fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     start.init_logging()?;
     let config = NicConfig::parse(&start.config)?;
     let vcpu = start.fds.take("vcpu")?;
@@ -62,11 +63,7 @@ fn prepare(start: &mut Start) -> Result<Room> {
         BackendKind::Tap => Box::new(Tap::new(fd)?),
         BackendKind::Stream => Box::new(Stream::new(fd)?),
     };
-    let options = sandbox::Options {
-        require_full: start.require_full_sandbox,
-    };
-    let report = sandbox::enter(&sandbox::profile::net(), &options)?;
-    let report = serde_json::to_string(&report)?;
+    let report = serde_json::to_string(&jail.lock_in()?)?;
     Ok(Room {
         report,
         config,

@@ -1,12 +1,14 @@
 #![forbid(unsafe_code)]
-//! Stage 2: resource limits.
+//! Resource limits, which a child has before it is let go (stage 0).
 //!
 //! Limits are only ever lowered, so no privilege is needed. Not limited on purpose: address space (`AS`: guest
 //! RAM is mapped, so it would have to be larger than any sensible bound) and file size (`FSIZE`: it would count
 //! the disk image of a block server, the memfds of the vCPU process, and a log file behind standard error).
 
-use nix::errno::Errno;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::io;
+
+use nix::unistd::Pid;
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 /// The resource limits of one program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,24 +20,30 @@ pub struct Limits {
     pub threads: u64,
 }
 
-/// Sets the limits. `own_user_namespace`: see [`Limits::threads`].
+/// Sets the limits of a child of this process. `own_user_namespace`: see [`Limits::threads`].
 ///
 /// # Errors
-/// The resource's name and the errno. A host whose hard limit is already lower is not an error: it stays lower.
-pub(crate) fn apply(limits: &Limits, own_user_namespace: bool) -> Result<(), (&'static str, Errno)> {
-    lower(Resource::RLIMIT_NOFILE, limits.open_files).map_err(|errno| ("open files", errno))?;
-    lower(Resource::RLIMIT_CORE, 0).map_err(|errno| ("core size", errno))?;
-    lower(Resource::RLIMIT_MSGQUEUE, 0).map_err(|errno| ("message queues", errno))?;
-    lower(Resource::RLIMIT_NICE, 0).map_err(|errno| ("nice", errno))?;
-    lower(Resource::RLIMIT_RTPRIO, 0).map_err(|errno| ("real-time priority", errno))?;
+/// The kernel's. A host whose hard limit is already lower is not an error: it stays lower.
+pub(crate) fn apply(child: Pid, limits: &Limits, own_user_namespace: bool) -> io::Result<()> {
+    lower(child, Resource::Nofile, limits.open_files)?;
+    lower(child, Resource::Core, 0)?;
+    lower(child, Resource::Msgqueue, 0)?;
+    lower(child, Resource::Nice, 0)?;
+    lower(child, Resource::Rtprio, 0)?;
     if own_user_namespace {
-        lower(Resource::RLIMIT_NPROC, limits.threads).map_err(|errno| ("threads", errno))?;
+        lower(child, Resource::Nproc, limits.threads)?;
     }
     Ok(())
 }
 
-fn lower(resource: Resource, most: u64) -> Result<(), Errno> {
-    let (_, hard) = getrlimit(resource)?;
-    let limit = hard.min(most);
-    setrlimit(resource, limit, limit)
+/// The child has inherited our own limits, and has not run yet.
+fn lower(child: Pid, resource: Resource, most: u64) -> io::Result<()> {
+    // An absent limit is none.
+    let limit = Some(getrlimit(resource).maximum.unwrap_or(u64::MAX).min(most));
+    let new = Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    prlimit(rustix::process::Pid::from_raw(child.as_raw()), resource, new)?;
+    Ok(())
 }

@@ -1,16 +1,13 @@
 #![forbid(unsafe_code)]
-//! Stage 1: namespaces.
+//! Sets of namespaces.
 //!
 //! [`crate::spawn`] asks for all of them in the one `clone3` that makes the process, because a PID namespace
-//! cannot be entered later, only born into. What is still absent when the child calls [`crate::enter`] (it was
-//! started by hand, or the host refused the combination) is tried again here, by `unshare`.
+//! cannot be entered later, only born into.
 
 use std::fmt;
 use std::fs;
-use std::io;
 
-use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{getegid, geteuid};
+use nix::sched::CloneFlags;
 use serde::{Deserialize, Serialize};
 
 /// A set of Linux namespaces (`man 7 namespaces`).
@@ -63,15 +60,6 @@ impl Namespaces {
         Self(self.0 & !other.0)
     }
 
-    /// The set as one small number, for [`crate::birth`]; unknown bits are dropped on the way back.
-    pub(crate) const fn bits(self) -> u8 {
-        self.0
-    }
-
-    pub(crate) const fn from_bits(bits: u8) -> Self {
-        Self(bits & Self::all().0)
-    }
-
     /// The kinds in this set with their names in `/proc/PID/ns`.
     pub fn iter(self) -> impl Iterator<Item = (Namespaces, &'static str)> {
         KINDS
@@ -103,56 +91,6 @@ impl fmt::Display for Namespaces {
     }
 }
 
-/// Makes the namespaces of `wanted` that `made` lacks, and says in `missing` what the host would not give.
-/// Returns what the process has of its own afterwards.
-pub(crate) fn complete(made: Namespaces, wanted: Namespaces, missing: &mut Vec<String>) -> Namespaces {
-    let mut own = made;
-    let lacking = wanted.without(made).without(Namespaces::PID);
-    if !lacking.is_empty() {
-        own = own.with(make(lacking, made, missing));
-    }
-    for (_, name) in wanted.without(own).iter() {
-        missing.push(match name {
-            "user" => "no user namespace of its own: the host refuses to make one".to_owned(),
-            "pid" => {
-                "no PID namespace of its own: it can only be made when the process is started".to_owned()
-            }
-            other => format!("no {other} namespace of its own: the host refuses to make one"),
-        });
-    }
-    own
-}
-
-/// One `unshare` for the whole set first; if that is refused, the kinds one by one, so that a kernel built
-/// without one kind does not cost the others.
-fn make(lacking: Namespaces, made: Namespaces, missing: &mut Vec<String>) -> Namespaces {
-    let mut own = Namespaces::none();
-    if lacking.contains(Namespaces::USER) && !made.contains(Namespaces::USER) {
-        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-        if unshare(CloneFlags::CLONE_NEWUSER).is_err() {
-            // `complete` reports it.
-        } else if let Err(error) = map_self(uid, gid) {
-            missing.push(format!("the user namespace has no user: {error}"));
-        } else {
-            own = own.with(Namespaces::USER);
-        }
-    }
-    for (kind, _) in lacking.without(Namespaces::USER).iter() {
-        if unshare(kind.clone_flags()).is_ok() {
-            own = own.with(kind);
-        }
-    }
-    own
-}
-
-/// Maps user and group 0 of the process's new user namespace to the ids it had outside (`man 7
-/// user_namespaces`: one line for one's own id needs no privilege, once `setgroups` is given up).
-fn map_self(uid: u32, gid: u32) -> io::Result<()> {
-    fs::write("/proc/self/setgroups", "deny")?;
-    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
-    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
-}
-
 /// Sets the limit on user namespaces below this one to zero: a second lock behind the seccomp rule, because a
 /// process without any capability may still make a user namespace and has all of them inside it.
 ///
@@ -170,15 +108,6 @@ mod tests {
         assert_eq!(Namespaces::all().to_string(), "user mnt pid net ipc uts cgroup");
         assert_eq!(Namespaces::NET.with(Namespaces::USER).to_string(), "user net");
         assert_eq!(Namespaces::none().to_string(), "none");
-    }
-
-    #[test]
-    fn bits_survive_the_way_through_the_environment() {
-        for bits in 0..=255u8 {
-            let set = Namespaces::from_bits(bits);
-            assert_eq!(set.bits(), bits & 127);
-            assert_eq!(Namespaces::from_bits(set.bits()), set);
-        }
     }
 
     #[test]

@@ -112,6 +112,11 @@ pub fn keeper() -> Profile {
     }
 }
 
+/// The profiles of all programs.
+pub fn all() -> [Profile; 4] {
+    [vcpu(), block(), net(), keeper()]
+}
+
 const fn allow(name: &'static str, number: i64, when: &'static [When], by: &'static str) -> Rule {
     Rule {
         name,

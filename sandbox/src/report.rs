@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! What a process says about its sandbox after [`crate::enter`].
+//! What a process says about its sandbox after [`crate::Jail::lock_in`].
 
 use std::fmt;
 

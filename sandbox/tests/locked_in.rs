@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::geteuid;
 use tempfile::TempDir;
 
@@ -175,6 +176,24 @@ fn a_child_starts_with_clean_signals_a_session_of_its_own_and_the_given_environm
         seen.is("born.directory", "/");
         seen.is("born.environment", "ONLY");
         seen.is("deed.standard-input", "ok");
+    }
+}
+
+#[test]
+fn a_child_starts_with_the_limits_of_its_profile() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the kernel knows this limit");
+    for starter in starters() {
+        let files = hard.min(16384);
+        let limits = format!("{files}/{files} 0/0 0/0 0/0 0/0 96/96");
+        run(starter, &["vcpu"]).is("born.limits", &limits);
+        run(starter, &["net"]).is("born.limits", "2048/2048 0/0 0/0 0/0 0/0 1/1");
+        // Without a user namespace the kernel would count the processes of others.
+        let seen = run(starter, &["--no-namespaces", "net"]);
+        assert!(
+            seen.get("born.limits").starts_with("2048/2048 0/0 0/0 0/0 0/0 "),
+            "{seen:#?}"
+        );
+        assert_ne!(seen.get("born.limits"), "2048/2048 0/0 0/0 0/0 0/0 1/1");
     }
 }
 
@@ -433,27 +452,12 @@ fn a_process_with_a_second_thread_is_not_locked_in() {
 }
 
 #[test]
-fn a_process_started_by_hand_makes_its_own_namespaces() {
-    if !host_is_full() {
-        return;
-    }
+fn a_process_started_by_hand_does_not_begin() {
     for starter in starters() {
-        let output = command(starter, "alone", &["block"])
-            .output()
-            .expect("the probe runs");
-        // It lists its root afterwards, which no profile allows.
-        assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&output.status),
-            Some(31),
-            "{output:?}"
-        );
-        let seen = Seen::parse(&String::from_utf8_lossy(&output.stdout));
-        let report = seen.get("report");
-        assert!(
-            report.contains("namespaces user mnt net ipc uts cgroup, root empty"),
-            "{report}"
-        );
-        assert!(report.contains("PID namespace"), "{report}");
+        let output = command(starter, "child", &[""]).output().expect("the probe runs");
+        assert_eq!(output.status.code(), Some(3), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("descriptor 3 is not the control socket"), "{said}");
     }
 }
 

@@ -57,6 +57,7 @@ fn main() -> anyhow::Result<()> {
         namespaces: sandbox::Namespaces::all(),
         stderr: None,
         identity: sandbox::Identity::own(0),
+        jail: Some((sandbox::profile::vcpu(), sandbox::Options::default())),
     })?;
     let mut socket = Socket::new(ours);
     let kvm = File::options()
@@ -78,7 +79,6 @@ fn main() -> anyhow::Result<()> {
         vcpus: arguments.vcpus,
         memory_bytes: arguments.memory << 20,
         boot,
-        require_full_sandbox: false,
         log: arguments.log.clone(),
         populate: match arguments.populate.as_deref() {
             None => Populate::Auto,

@@ -36,6 +36,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use sandbox::Jail;
 use vmbus::ipc::{ExitCause, Socket, VcpuToSupervisor};
 use vmbus::mem::RamLayout;
 
@@ -54,9 +55,9 @@ use crate::kvm::{Event, GuestMapping, Kvm, install_kick_handler};
 use crate::pc::serial::{Console, Output};
 
 /// The program. `control` is the socket to the supervisor.
-pub fn main(control: OwnedFd) -> ExitCode {
+pub fn main(control: OwnedFd, jail: Jail) -> ExitCode {
     let mut socket = Socket::new(control);
-    let control = match start::receive(&mut socket).and_then(|start| build(start, &mut socket)) {
+    let control = match start::receive(&mut socket).and_then(|start| build(start, jail, &mut socket)) {
         Ok(control) => control,
         Err(error) => {
             let message = format!("{error:#}");
@@ -76,13 +77,10 @@ pub fn main(control: OwnedFd) -> ExitCode {
 }
 
 /// Locks the process in, makes the machine, and says ready.
-fn build(start: Start, socket: &mut Socket) -> anyhow::Result<Control> {
+fn build(start: Start, jail: Jail, socket: &mut Socket) -> anyhow::Result<Control> {
     let config = start.config;
     start::init_logging(&config.log)?;
-    let options = sandbox::Options {
-        require_full: config.require_full_sandbox,
-    };
-    let report = sandbox::enter(&sandbox::profile::vcpu(), &options)?;
+    let report = jail.lock_in()?;
     install_kick_handler()?;
 
     let layout = RamLayout::for_size(config.memory_bytes);

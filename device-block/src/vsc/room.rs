@@ -194,6 +194,7 @@ fn launch(
         namespaces: Namespaces::all(),
         stderr: None,
         identity: Identity::own(0),
+        jail: Some((sandbox::profile::block(), sandbox::Options::default())),
     })?;
     let mut supervisor = PlayedSupervisor::new(control);
     // As the supervisor does: a description for this server alone, which its I/O is known by.

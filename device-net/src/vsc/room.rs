@@ -182,6 +182,7 @@ fn launch(
         namespaces: Namespaces::all(),
         stderr: None,
         identity: Identity::own(0),
+        jail: Some((sandbox::profile::net(), sandbox::Options::default())),
     })?;
     let mut supervisor = PlayedSupervisor::new(control);
     let fds = [

@@ -1,11 +1,15 @@
-//! Settings of the calling process that only C offers: signal handlers, malloc, seccomp's existence.
+//! Settings of the calling process that only C offers: signal handlers, malloc, Landlock, seccomp.
 
 use std::ffi::{CString, c_int, c_void};
+use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
 use std::sync::OnceLock;
 
 use nix::unistd::getpid;
+
+use crate::jail::Instruction;
 
 /// What a process logs between its name and the number of a system call that its filter refused.
 pub const REFUSED: &str = ": seccomp refused system call ";
@@ -46,18 +50,60 @@ fn install(signal: c_int, handler: usize, flags: c_int) {
     debug_assert_eq!(result, 0);
 }
 
+/// Enters the Landlock domain of this rule set, for good.
+///
+/// # Errors
+/// The kernel's, also for a descriptor that is no rule set.
+pub(crate) fn enter_landlock(ruleset: &OwnedFd) -> io::Result<()> {
+    // SAFETY: two numbers.
+    match unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Binds this process to a system call filter, for good. With TSYNC: should a second thread exist after all, it is bound,
+/// too, or the call fails. The kernel refuses a filter that is empty or too long.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn install_filter(filter: &[Instruction]) -> io::Result<()> {
+    let filter = filter.iter();
+    let mut filter: Vec<_> = filter
+        .map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k })
+        .collect();
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).unwrap_or(u16::MAX),
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: the kernel reads `program` and the instructions that it points to, of which there are at least `len`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_TSYNC,
+            &raw const program,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        -1 => Err(io::Error::last_os_error()),
+        thread => Err(io::Error::other(format!("thread {thread} cannot be bound"))),
+    }
+}
+
 /// Names a refused system call on standard error, and ends the process by SIGSYS as the kernel would have: the
 /// supervisor's report of the death has the call then, which the kernel tells nobody else.
 ///
 /// No profile lets a program change what SIGSYS does, and the kernel ends a process that has blocked it. So the
 /// handler takes nothing from the filter: a process that made a forbidden call makes no other.
-pub(crate) fn name_refusals(program: &'static str) {
-    static PROGRAM: OnceLock<&'static str> = OnceLock::new();
+pub(crate) fn name_refusals(program: &str) {
+    static PROGRAM: OnceLock<String> = OnceLock::new();
     extern "C" fn on_refusal(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
         // asm-generic/siginfo.h: the number of the call is an int at offset 24 of a SIGSYS.
         // SAFETY: the kernel passes a valid siginfo, 128 bytes long.
         let number = unsafe { info.cast::<u8>().add(24).cast::<c_int>().read_unaligned() };
-        let program = PROGRAM.get().copied().unwrap_or("?");
+        let program = PROGRAM.get().map_or("?", String::as_str);
         let mut digits = [b'0'; 10];
         let mut rest = number.unsigned_abs();
         for digit in digits.iter_mut().rev() {
@@ -79,7 +125,7 @@ pub(crate) fn name_refusals(program: &'static str) {
         }
     }
     // A second call would bring the same name.
-    PROGRAM.get_or_init(|| program);
+    PROGRAM.get_or_init(|| program.to_owned());
     let handler = on_refusal as extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) as usize;
     install(libc::SIGSYS, handler, libc::SA_SIGINFO);
 }

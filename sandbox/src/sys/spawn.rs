@@ -4,7 +4,7 @@
 //! user outside: the caller itself, or, if the caller is root, the user it names. So the program has the
 //! capabilities to build its sandbox and has them over nothing but that sandbox, from its first instruction on.
 //! Where user namespaces are switched off, root starts the program with the other namespaces, and
-//! [`crate::enter`] changes the user; a normal user starts it with none, and `enter` says so.
+//! [`crate::Jail::lock_in`] changes the user; a normal user starts it with none, and the report says so.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::fs;
@@ -19,8 +19,10 @@ use nix::unistd::{Pid, getegid, geteuid};
 
 use super::launch::{self, Failure, Plan, Started};
 use super::pidfd::Child;
-use crate::birth::Birth;
 use crate::namespaces::Namespaces;
+use crate::profile::Profile;
+use crate::stage::Options;
+use crate::warden::{Birth, Warden};
 
 /// Limit: the highest number a descriptor can be given in the child; far above what any program is started with,
 /// and below the lowest hard limit on open files that is met in practice (1,024 soft, 4,096 hard).
@@ -37,12 +39,14 @@ pub struct Spawn {
     /// Each source, and the number it has in the child. Numbers 0, 1 and 2 replace the default: 0 and 1 are
     /// `/dev/null`, 2 is `stderr`. All else is closed.
     pub fds: Vec<(OwnedFd, RawFd)>,
-    /// A wish; what the host refuses is reported by [`crate::enter`] in the child. A user namespace is added
+    /// A wish; what the host refuses is missing in the child's [`crate::Report`]. A user namespace is added
     /// for callers who are not root, because they get no other one without it.
     pub namespaces: Namespaces,
     /// The child's standard error; the caller's own if absent.
     pub stderr: Option<OwnedFd>,
     pub identity: Identity,
+    /// What the child locks itself in with, in descriptors 4 and 5; `None` for a program that does not.
+    pub jail: Option<(Profile, Options)>,
 }
 
 /// The user a child runs as, seen from the host.
@@ -92,6 +96,8 @@ pub enum SpawnError {
     ZeroByte,
     #[error("cannot {what}: {source}")]
     Host { what: &'static str, source: io::Error },
+    #[error("cannot make the jail of the new process: {0}")]
+    Jail(io::Error),
     #[error("the new process cannot {step}: {source}")]
     Child { step: &'static str, source: io::Error },
 }
@@ -102,7 +108,7 @@ struct Rung {
     namespaces: Namespaces,
     /// The user outside that user 0 of the user namespace stands for.
     mapped: Option<(u32, u32)>,
-    /// The user that `enter` has to become.
+    /// The user that the child has to become.
     become_user: Option<(u32, u32)>,
 }
 
@@ -127,11 +133,15 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
             source: errno.into(),
         }
     })?;
+    let warden = match spec.jail.clone() {
+        None => None,
+        Some((profile, options)) => Some(Warden::new(profile, options).map_err(SpawnError::Jail)?),
+    };
     let mut plan = Plan {
         program,
         arguments: arguments(&spec)?,
-        environment: Vec::new(),
-        descriptors: descriptors(&spec, null.as_fd())?,
+        environment: environment(&spec)?,
+        descriptors: descriptors(&spec, warden.as_ref(), null.as_fd())?,
         take_namespace_user: false,
         leave_groups: false,
         clone_flags: 0,
@@ -141,18 +151,25 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
         what: "make a process",
         source: io::ErrorKind::Unsupported.into(),
     };
-    for rung in rungs(spec.namespaces, identity, caller_is_root) {
+    let gives = |set: Namespaces| super::probe::can_make_namespaces(set.clone_flags()).is_ok();
+    for rung in rungs(spec.namespaces, identity, caller_is_root, gives) {
         let birth = Birth {
             made: rung.namespaces,
             wanted: wanted(spec.namespaces, caller_is_root),
             become_user: rung.become_user,
+            outside: (rung.mapped.or(rung.become_user)).unwrap_or_else(crate::identity::outside),
         };
-        plan.environment = environment(&spec, birth)?;
         plan.take_namespace_user = rung.mapped.is_some();
         plan.leave_groups = rung.mapped.is_some() && caller_is_root;
         plan.clone_flags = rung.namespaces.clone_flags().bits();
-        match try_rung(&plan, rung, caller_is_root) {
+        match try_rung(
+            &plan,
+            rung,
+            warden.as_ref().map(|warden| (warden, birth)),
+            caller_is_root,
+        ) {
             Ok(child) => return Ok(child),
+            Err(error @ SpawnError::Jail(_)) => return Err(error),
             // The program itself cannot be executed; no other rung changes that.
             Err(error @ SpawnError::Child { step, .. }) if step == launch::Step::Execute.describe() => {
                 return Err(error);
@@ -171,35 +188,56 @@ fn wanted(wish: Namespaces, caller_is_root: bool) -> Namespaces {
     }
 }
 
-/// The best first. The last one makes no namespace at all: whether that is good enough is for `enter` to say.
-fn rungs(wish: Namespaces, identity: Option<(u32, u32)>, caller_is_root: bool) -> Vec<Rung> {
-    let caller = (geteuid().as_raw(), getegid().as_raw());
+/// The best first. The last one makes no namespace at all: whether that is good enough is for the child's report to say.
+///
+/// `gives` asks the host for a set. It is asked only when the whole set was refused, and for each kind by itself: a
+/// kernel that was built without one kind does not cost the others.
+fn rungs(
+    wish: Namespaces,
+    identity: Option<(u32, u32)>,
+    caller_is_root: bool,
+    gives: impl Fn(Namespaces) -> bool,
+) -> impl Iterator<Item = Rung> {
     let full = wanted(wish, caller_is_root);
-    let mut rungs = Vec::new();
-    if full.contains(Namespaces::USER) {
-        rungs.push(Rung {
-            namespaces: full,
-            mapped: Some(identity.unwrap_or(caller)),
-            become_user: None,
-        });
-    }
-    let without = full.without(Namespaces::USER);
-    if caller_is_root && !without.is_empty() {
-        rungs.push(Rung {
-            namespaces: without,
-            mapped: None,
-            become_user: identity,
-        });
-    }
-    rungs.push(Rung {
-        namespaces: Namespaces::none(),
-        mapped: None,
-        become_user: identity,
-    });
-    rungs
+    let without_user = full.without(Namespaces::USER);
+    let some = move || {
+        let user = full.without(without_user);
+        // A normal user gets no other kind without it.
+        let (base, kinds) = match (user.is_empty() || gives(user), caller_is_root) {
+            (true, _) => (user, without_user),
+            (false, true) => (Namespaces::none(), without_user),
+            (false, false) => (Namespaces::none(), Namespaces::none()),
+        };
+        let given = kinds
+            .iter()
+            .map(|(kind, _)| kind)
+            .filter(|kind| gives(base.with(*kind)));
+        given.fold(base, Namespaces::with)
+    };
+    let whole = [Some(full), caller_is_root.then_some(without_user)];
+    whole
+        .into_iter()
+        .flatten()
+        .chain(std::iter::once_with(some))
+        .filter(|set| !set.is_empty())
+        .chain([Namespaces::none()])
+        .map(move |namespaces| {
+            let has_user = namespaces.contains(Namespaces::USER);
+            let caller = (geteuid().as_raw(), getegid().as_raw());
+            Rung {
+                namespaces,
+                mapped: has_user.then(|| identity.unwrap_or(caller)),
+                become_user: identity.filter(|_| !has_user),
+            }
+        })
 }
 
-fn try_rung(plan: &Plan, rung: Rung, caller_is_root: bool) -> Result<Child, SpawnError> {
+fn try_rung(
+    plan: &Plan,
+    rung: Rung,
+    jail: Option<(&Warden, Birth)>,
+    caller_is_root: bool,
+) -> Result<Child, SpawnError> {
     let started = launch::start(plan).map_err(|source| SpawnError::Host {
         what: "make a process",
         source,
@@ -212,6 +250,12 @@ fn try_rung(plan: &Plan, rung: Rung, caller_is_root: bool) -> Result<Child, Spaw
             what: "give the new user namespace a user",
             source,
         });
+    }
+    if let Some((warden, birth)) = jail
+        && let Err(source) = warden.commit(started.pid, &birth)
+    {
+        abandon(started, rung);
+        return Err(SpawnError::Jail(source));
     }
     let pid = started.pid;
     let namespace_init = rung.namespaces.contains(Namespaces::PID);
@@ -282,11 +326,10 @@ fn arguments(spec: &Spawn) -> Result<Vec<CString>, SpawnError> {
         .collect()
 }
 
-fn environment(spec: &Spawn, birth: Birth) -> Result<Vec<CString>, SpawnError> {
+fn environment(spec: &Spawn) -> Result<Vec<CString>, SpawnError> {
     spec.env
         .iter()
         .cloned()
-        .chain([birth.to_variable()])
         .map(|(name, value)| {
             let mut text = name;
             text.push("=");
@@ -300,17 +343,25 @@ fn c_string(text: &OsStr) -> Result<CString, SpawnError> {
     CString::new(text.as_bytes()).map_err(|_| SpawnError::ZeroByte)
 }
 
-fn descriptors(spec: &Spawn, null: BorrowedFd<'_>) -> Result<Vec<(RawFd, RawFd)>, SpawnError> {
+fn descriptors(
+    spec: &Spawn,
+    warden: Option<&Warden>,
+    null: BorrowedFd<'_>,
+) -> Result<Vec<(RawFd, RawFd)>, SpawnError> {
     let stderr = spec
         .stderr
         .as_ref()
         .map_or(libc::STDERR_FILENO, AsRawFd::as_raw_fd);
     let mut list: Vec<(RawFd, RawFd)> = Vec::new();
-    for (source, target) in &spec.fds {
-        if !(0..=MAX_TARGET).contains(target) || list.iter().any(|(_, taken)| taken == target) {
-            return Err(SpawnError::Target(*target));
+    let given = spec
+        .fds
+        .iter()
+        .map(|(source, target)| (source.as_raw_fd(), *target));
+    for (source, target) in given.chain(warden.into_iter().flat_map(Warden::descriptors)) {
+        if !(0..=MAX_TARGET).contains(&target) || list.iter().any(|(_, taken)| *taken == target) {
+            return Err(SpawnError::Target(target));
         }
-        list.push((source.as_raw_fd(), *target));
+        list.push((source, target));
     }
     for (source, target) in [(null.as_raw_fd(), 0), (null.as_raw_fd(), 1), (stderr, 2)] {
         if !list.iter().any(|(_, taken)| *taken == target) {
@@ -326,7 +377,8 @@ mod tests {
 
     #[test]
     fn a_normal_user_always_asks_for_a_user_namespace_first() {
-        let rungs = rungs(Namespaces::all().without(Namespaces::USER), None, false);
+        let wish = Namespaces::all().without(Namespaces::USER);
+        let rungs: Vec<Rung> = rungs(wish, None, false, |_| false).collect();
         assert!(
             rungs
                 .first()
@@ -337,8 +389,8 @@ mod tests {
 
     #[test]
     fn root_without_a_user_namespace_leaves_the_change_of_user_to_the_child() {
-        let rungs = rungs(Namespaces::all(), Some((7, 8)), true);
-        let [first, second, third] = rungs.as_slice() else {
+        let rungs: Vec<Rung> = rungs(Namespaces::all(), Some((7, 8)), true, |_| false).collect();
+        let [first, second, .., third] = rungs.as_slice() else {
             panic!("{} rungs", rungs.len())
         };
         assert_eq!((first.mapped, first.become_user), (Some((7, 8)), None));
@@ -348,9 +400,25 @@ mod tests {
     }
 
     #[test]
+    fn a_kind_that_the_host_lacks_does_not_cost_the_others() {
+        let most = Namespaces::all().without(Namespaces::UTS);
+        for root in [false, true] {
+            let mut rungs = rungs(Namespaces::all(), None, root, |set| most.contains(set));
+            assert!(rungs.any(|rung| rung.namespaces == most), "root: {root}");
+        }
+    }
+
+    #[test]
+    fn a_normal_user_without_a_user_namespace_gets_none() {
+        let host = |set: Namespaces| !set.contains(Namespaces::USER);
+        let mut rungs = rungs(Namespaces::all(), None, false, host).skip(1);
+        assert!(rungs.all(|rung| rung.namespaces.is_empty()));
+    }
+
+    #[test]
     fn no_namespaces_wished_means_none_are_tried() {
         for root in [false, true] {
-            let rungs = rungs(Namespaces::none(), None, root);
+            let rungs: Vec<Rung> = rungs(Namespaces::none(), None, root, |_| true).collect();
             assert!(rungs.len() == 1 && rungs.iter().all(|rung| rung.namespaces.is_empty()));
         }
     }

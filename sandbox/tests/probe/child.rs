@@ -4,23 +4,23 @@ use std::fs;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{MsgFlags, recvmsg, sendmsg};
-use sandbox::Options;
 
-use crate::{deeds, profile};
+use crate::deeds;
 
-/// `options`: words joined by commas: `require-full`, `second-thread`.
-pub fn run(options: &str, profile_name: &str, deeds: &[&str]) -> i32 {
+/// `options`: words joined by commas, of which `second-thread` is for us.
+pub fn run(options: &str, deeds: &[&str]) -> i32 {
     let has = |option: &str| options.split(',').any(|word| word == option);
-    let control = match sandbox::inherited_control_fd() {
-        Ok(control) => control,
+    let (control, jail) = match sandbox::inherited() {
+        Ok(inherited) => inherited,
         Err(error) => {
             eprintln!("{error}");
             return 3;
         }
     };
     assert!(
-        sandbox::inherited_control_fd().is_err(),
+        sandbox::inherited().is_err(),
         "the control socket was given twice"
     );
     for line in how_i_was_born() {
@@ -36,12 +36,7 @@ pub fn run(options: &str, profile_name: &str, deeds: &[&str]) -> i32 {
         });
         ready.recv().expect("the thread sends before it parks");
     }
-    match sandbox::enter(
-        &profile(profile_name),
-        &Options {
-            require_full: has("require-full"),
-        },
-    ) {
+    match jail.lock_in() {
         Err(error) => {
             tell(&control, &format!("refused={error}"));
             return 4;
@@ -77,23 +72,6 @@ pub fn run(options: &str, profile_name: &str, deeds: &[&str]) -> i32 {
     0
 }
 
-pub fn run_alone(profile_name: &str) -> i32 {
-    match sandbox::enter(&profile(profile_name), &Options::default()) {
-        Ok(report) => {
-            println!("report={report}");
-            println!(
-                "entries={}",
-                deeds::perform("list-root").map_or_else(|error| error.to_string(), |()| "0".into())
-            );
-            0
-        }
-        Err(error) => {
-            eprintln!("{error}");
-            4
-        }
-    }
-}
-
 fn tell(control: &OwnedFd, line: &str) {
     let buffers = [IoSlice::new(line.as_bytes())];
     sendmsg::<()>(control.as_raw_fd(), &buffers, &[], MsgFlags::empty(), None)
@@ -111,14 +89,22 @@ fn how_i_was_born() -> Vec<String> {
             .trim()
             .to_owned()
     };
+    let limits = [
+        Resource::RLIMIT_NOFILE,
+        Resource::RLIMIT_CORE,
+        Resource::RLIMIT_MSGQUEUE,
+        Resource::RLIMIT_NICE,
+        Resource::RLIMIT_RTPRIO,
+        Resource::RLIMIT_NPROC,
+    ]
+    .map(|resource| getrlimit(resource).expect("the kernel knows this limit"));
+    let limits = limits.map(|(soft, hard)| format!("{soft}/{hard}")).join(" ");
     let session_is_own = nix::unistd::getsid(None) == Ok(nix::unistd::getpid());
-    let variables: Vec<String> = std::env::vars()
-        .map(|(name, _)| name)
-        .filter(|name| name != "BULKHEAD_BIRTH")
-        .collect();
+    let variables: Vec<String> = std::env::vars().map(|(name, _)| name).collect();
     vec![
         format!("born.blocked={}", field("SigBlk:")),
         format!("born.ignored={}", field("SigIgn:")),
+        format!("born.limits={limits}"),
         format!("born.own_session={session_is_own}"),
         format!(
             "born.directory={}",

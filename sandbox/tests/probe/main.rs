@@ -3,7 +3,7 @@
 //!
 //! `sandbox-probe parent [OPTION…] PROFILE [DEED…]` is a supervisor: it starts itself as a child, looks at it from
 //! outside while it is locked in and waits, lets it do its deeds, and prints what it saw as `key=value` lines.
-//! `sandbox-probe child …` is that child. `sandbox-probe alone PROFILE` locks itself in without a supervisor.
+//! `sandbox-probe child …` is that child.
 
 mod child;
 mod deeds;
@@ -17,10 +17,9 @@ fn main() {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let status = match words.as_slice() {
         ["parent", rest @ ..] => parent::run(rest),
-        ["child", options, profile, rest @ ..] => child::run(options, profile, rest),
-        ["alone", profile] => child::run_alone(profile),
+        ["child", options, rest @ ..] => child::run(options, rest),
         _ => {
-            eprintln!("sandbox-probe parent|child|alone …: a part of the sandbox crate's tests");
+            eprintln!("sandbox-probe parent|child …: a part of the sandbox crate's tests");
             2
         }
     };

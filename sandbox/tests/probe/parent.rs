@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{getegid, geteuid};
-use sandbox::{Child, Identity, Namespaces, Spawn, audit, spawn};
+use sandbox::{Child, Identity, Namespaces, Options, Spawn, audit, spawn};
 
 /// Limit: a child on a loaded machine gets this long for each step; nothing depends on how long it really takes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,10 +49,11 @@ pub fn run(words: &[&str]) -> i32 {
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).expect("a socket pair");
     let extra = File::open("/dev/zero").expect("/dev/zero can be opened");
+    let strictness = Options {
+        require_full: options.contains(&"require-full"),
+    };
     let options = options.join(",");
-    let arguments = ["child", &options, profile]
-        .into_iter()
-        .chain(deeds.iter().copied());
+    let arguments = ["child", &options].into_iter().chain(deeds.iter().copied());
     let spec = Spawn {
         program: std::env::current_exe().expect("this program has a path"),
         args: arguments.map(OsString::from).collect(),
@@ -61,6 +62,7 @@ pub fn run(words: &[&str]) -> i32 {
         namespaces,
         stderr: None,
         identity,
+        jail: Some((crate::profile(profile), strictness)),
     };
     let mut child = match spawn(spec) {
         Ok(child) => child,

@@ -9,7 +9,7 @@
 use super::PeerFault;
 
 /// The version that this build speaks. Raised when a message changes its layout or meaning.
-pub const PROTOCOL: u32 = 4;
+pub const PROTOCOL: u32 = 5;
 
 /// Checks the number in a peer's first message.
 pub fn check_protocol(theirs: u32) -> Result<(), PeerFault> {

@@ -35,8 +35,6 @@ pub enum SupervisorToServer {
         name: String,
         /// The device crate's own configuration type, as JSON with unknown fields denied.
         config: String,
-        /// Fail if any stage of the sandbox is not to be had on this host.
-        require_full_sandbox: bool,
         /// What to log, for example `info` or `info,storvsp=debug`.
         log: String,
         /// What each descriptor is: `vcpu` (socket to `bulkhead-vcpu`), `journal` (sealed memfd), `recorder`
@@ -130,8 +128,6 @@ pub struct VcpuConfig {
     /// Guest RAM, a multiple of 2 MiB.
     pub memory_bytes: u64,
     pub boot: BootPlan,
-    /// Fail if any stage of the sandbox is not to be had on this host.
-    pub require_full_sandbox: bool,
     /// What to log, for example `info`.
     pub log: String,
     /// Whether to fault guest RAM in before the start.

@@ -4,7 +4,7 @@
 //!   supervisor                     device server
 //!     │ ── Start + descriptors ──▶  Start::receive(fd 3)           nothing opened, nothing mapped before
 //!     │                             Start::init_logging()
-//!     │                             open what the configuration needs, sandbox::enter()
+//!     │                             open what the configuration needs, lock itself in
 //!     │ ◀──────────────── Ready ──  Start::ready(report)            or Start::fail(message), exit
 //!     │                             Port::new(...)                  hello to bulkhead-vcpu
 //!     │ ── Ping, Inspect, Stop ──▶  Control::on_readable()          in the server's loop
@@ -101,8 +101,6 @@ pub struct Start {
     pub name: String,
     /// The device's own configuration, JSON.
     pub config: String,
-    /// Fail if any stage of the sandbox is not to be had.
-    pub require_full_sandbox: bool,
     /// Log filter, for example `info` or `info,storvsp=debug`.
     pub log: String,
     /// `vcpu`, `journal` and the device's own.
@@ -125,7 +123,6 @@ impl Start {
                 generation,
                 name,
                 config,
-                require_full_sandbox,
                 log,
                 fds: names,
             } = message
@@ -143,7 +140,6 @@ impl Start {
                 generation,
                 name,
                 config,
-                require_full_sandbox,
                 log,
                 fds,
                 socket,
@@ -376,7 +372,6 @@ mod tests {
             generation: 1,
             name: String::new(),
             config: String::new(),
-            require_full_sandbox: false,
             log: String::new(),
             fds: names.iter().map(|name| (*name).to_owned()).collect(),
         };

@@ -182,7 +182,6 @@ fn queued_messages_and_their_descriptors_arrive_in_order_once_the_peer_reads() {
         generation,
         name: text.clone(),
         config: String::new(),
-        require_full_sandbox: false,
         log: String::new(),
         fds: vec!["a".to_owned()],
     };

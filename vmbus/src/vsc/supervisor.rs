@@ -19,8 +19,6 @@ pub struct StartOptions {
     pub name: String,
     /// The device crate's configuration, JSON.
     pub config: String,
-    /// Fail without a complete sandbox.
-    pub require_full_sandbox: bool,
     /// Log filter.
     pub log: String,
 }
@@ -32,7 +30,6 @@ impl StartOptions {
             generation: 1,
             name: name.to_owned(),
             config: config.to_owned(),
-            require_full_sandbox: false,
             log: "warn".to_owned(),
         }
     }
@@ -71,7 +68,6 @@ impl PlayedSupervisor {
             generation,
             name,
             config,
-            require_full_sandbox,
             log,
         } = options.clone();
         let (names, fds): (Vec<String>, Vec<BorrowedFd<'_>>) =
@@ -81,7 +77,6 @@ impl PlayedSupervisor {
             generation,
             name,
             config,
-            require_full_sandbox,
             log,
             fds: names,
         };

@@ -230,7 +230,9 @@ impl Supervisor {
             settings: ServerSettings {
                 programs: vm.programs,
                 log: vm.log,
-                require_full_sandbox: vm.require_full_sandbox,
+                strictness: sandbox::Options {
+                    require_full: vm.require_full_sandbox,
+                },
             },
             crashed: vm.crashed,
             vcpu_said: None,

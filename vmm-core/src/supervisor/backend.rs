@@ -256,6 +256,7 @@ fn start_passt(mtu: u16) -> Result<(OwnedFd, Process)> {
         namespaces: Namespaces::none(),
         stderr: Some(stderr),
         identity: Identity::Keep,
+        jail: None,
     })
     .context("cannot start passt")?;
     Ok((ours, Process::without_control(child, log)))

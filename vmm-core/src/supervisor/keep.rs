@@ -58,7 +58,7 @@ impl Supervisor {
 
     /// The guest does not wait for the keeper, in whose socket all is safe, unless its sandbox matters.
     pub(super) fn waits_for_keeper(&self) -> bool {
-        self.settings.require_full_sandbox && !self.keeper.as_ref().is_some_and(|keeper| keeper.ready)
+        self.settings.strictness.require_full && !self.keeper.as_ref().is_some_and(|keeper| keeper.ready)
     }
 
     pub(super) fn on_keeper(&mut self, part: Part) {

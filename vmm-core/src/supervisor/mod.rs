@@ -253,7 +253,11 @@ impl Supervisor {
 
         let keeper = Keeper::start(spec.name.as_str())?;
         // Then the vCPU process: it has the most to do, and does it while the servers start.
-        let mut vcpu = Process::start(&options.programs.join("bulkhead-vcpu"), 0)?;
+        let strictness = sandbox::Options {
+            require_full: spec.require_full_sandbox,
+        };
+        let jail = (sandbox::profile::vcpu(), strictness);
+        let mut vcpu = Process::start(&options.programs.join("bulkhead-vcpu"), jail, 0)?;
         let names = machine.iter().map(|(name, _)| (*name).to_owned()).collect();
         let fds: Vec<BorrowedFd<'_>> = machine.iter().map(|(_, fd)| fd.as_fd()).collect();
         let start = SupervisorToVcpu::Start {
@@ -265,7 +269,7 @@ impl Supervisor {
         let settings = ServerSettings {
             programs: options.programs.clone(),
             log: spec.log.clone(),
-            require_full_sandbox: spec.require_full_sandbox,
+            strictness,
         };
         for room in &mut rooms {
             room.start_passt()?;
@@ -337,7 +341,7 @@ impl Supervisor {
         let lacking = report::lacking(reports.iter().map(String::as_str));
         if !lacking.is_empty() {
             let lacking = lacking.join("; ");
-            if self.settings.require_full_sandbox {
+            if self.settings.strictness.require_full {
                 return self.fail_start(format!(
                     "a full sandbox was asked for, and this host lacks: {lacking}"
                 ));

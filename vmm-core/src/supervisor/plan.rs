@@ -78,6 +78,14 @@ impl Program {
         }
     }
 
+    /// Its sandbox.
+    pub fn profile(self) -> sandbox::Profile {
+        match self {
+            Program::Block => sandbox::profile::block(),
+            Program::Net => sandbox::profile::net(),
+        }
+    }
+
     /// For a person and for scripts.
     pub fn kind(self) -> &'static str {
         match self {
@@ -148,7 +156,6 @@ pub fn vcpu(spec: &VmSpec, boot: BootPlan) -> VcpuConfig {
         vcpus: spec.vcpus.get(),
         memory_bytes: spec.memory.0,
         boot,
-        require_full_sandbox: spec.require_full_sandbox,
         log: spec.log.clone(),
         populate: spec.populate,
         on_reset: spec.on_reset,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
+use sandbox::{Child, ExitCause, Identity, Namespaces, Options, Profile, Spawn};
 use vmbus::ipc::{Socket, pair};
 
 /// Limit: characters of a line; the rest of a longer one follows as another line.
@@ -41,13 +41,19 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program of ours in a jail that it completes itself. `index` tells the VM's processes apart.
-    pub fn start(program: &Path, index: u32) -> Result<Self> {
-        Self::launch(program, &[], Namespaces::all(), index)
+    /// Starts a program of ours with a jail, in which it locks itself. `index` tells the VM's processes apart.
+    pub fn start(program: &Path, jail: (Profile, Options), index: u32) -> Result<Self> {
+        Self::launch(program, &[], Namespaces::all(), jail, index)
     }
 
     /// The same with arguments, and in these namespaces.
-    pub fn launch(program: &Path, args: &[&str], namespaces: Namespaces, index: u32) -> Result<Self> {
+    pub fn launch(
+        program: &Path,
+        args: &[&str],
+        namespaces: Namespaces,
+        jail: (Profile, Options),
+        index: u32,
+    ) -> Result<Self> {
         let (ours, theirs) = pair().context("cannot make a socket pair")?;
         let (log, stderr) = pipe().context("cannot make a pipe")?;
         let child = sandbox::spawn(Spawn {
@@ -58,6 +64,7 @@ impl Process {
             namespaces,
             stderr: Some(stderr),
             identity: Identity::own(index),
+            jail: Some(jail),
         })
         .with_context(|| format!("cannot start {}", program.display()))?;
         Ok(Process {

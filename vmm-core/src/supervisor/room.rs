@@ -93,7 +93,7 @@ pub struct ServerSettings {
     /// Where the programs that came with `bulkhead` are.
     pub programs: PathBuf,
     pub log: String,
-    pub require_full_sandbox: bool,
+    pub strictness: sandbox::Options,
 }
 
 /// The end of a server.
@@ -213,7 +213,9 @@ impl RoomState {
         let backend = held.for_server()?;
         let (to_server, to_vcpu) = pair().context("cannot make a socket pair")?;
         let own = settings.programs.join(self.plan.program.file_name());
-        let mut process = Process::start(program.unwrap_or(&own), self.plan.device.saturating_add(1))?;
+        let jail = (self.plan.program.profile(), settings.strictness);
+        let index = self.plan.device.saturating_add(1);
+        let mut process = Process::start(program.unwrap_or(&own), jail, index)?;
         let generation = self.newest.saturating_add(1);
         let recorder =
             Recorder::new_memory().map_err(|error| anyhow!("cannot make a flight recorder: {error}"))?;
@@ -222,7 +224,6 @@ impl RoomState {
             generation,
             name: self.plan.name.clone(),
             config: self.plan.config.clone(),
-            require_full_sandbox: settings.require_full_sandbox,
             log: settings.log.clone(),
             fds: vec![
                 "vcpu".to_owned(),

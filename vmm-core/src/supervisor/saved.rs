@@ -123,7 +123,7 @@ impl Supervisor {
             on_reset: self.on_reset,
             programs: self.settings.programs.clone(),
             log: self.settings.log.clone(),
-            require_full_sandbox: self.settings.require_full_sandbox,
+            require_full_sandbox: self.settings.strictness.require_full,
             crashed: self.crashed,
             patience_ms: self
                 .patience

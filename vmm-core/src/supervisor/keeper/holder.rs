@@ -46,12 +46,10 @@ pub fn main() -> ExitCode {
 
 /// Locks the process in. It has no descriptor yet but the supervisor's socket.
 fn begin() -> Result<Keeper> {
-    let control = sandbox::inherited_control_fd()?;
+    let (control, jail) = sandbox::inherited()?;
     let uid = uid_of(control.as_fd()).context("cannot find out who has started the VM")?;
     let mut supervisor = Socket::new(control);
-    // What the host lacks is reported, and the supervisor knows whether that is an error.
-    let report = sandbox::enter(&sandbox::profile::keeper(), &sandbox::Options::default())?;
-    let report = serde_json::to_string(&report)?;
+    let report = serde_json::to_string(&jail.lock_in()?)?;
     // One that is gone already may have said before that the VM is to be kept.
     supervisor.send(&FromKeeper::Ready { report }, &[]).ok();
     Ok(Keeper {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
-use sandbox::Namespaces;
+use sandbox::{Namespaces, Options, profile};
 use vmbus::ipc::{PeerFault, SendError, Socket};
 
 use super::{ARGUMENT, FromKeeper, ToKeeper, send_kept};
@@ -35,7 +35,9 @@ impl Keeper {
         // Root needs no user namespace to have the others, and without one the keeper sees who comes to it.
         let namespaces = Namespaces::all().without(Namespaces::USER);
         let program = Path::new("/proc/self/exe");
-        let process = Process::launch(program, &[ARGUMENT, vm], namespaces, INDEX)?;
+        // What the host lacks is reported, and the supervisor knows whether that is an error.
+        let jail = (profile::keeper(), Options::default());
+        let process = Process::launch(program, &[ARGUMENT, vm], namespaces, jail, INDEX)?;
         Ok(Keeper {
             process,
             ready: false,

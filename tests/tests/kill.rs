@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 use bulkhead_tests::tier;
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// Runs an xtask that kills or swaps; its last line begins with `begins`, and nothing went wrong.
 fn kills(args: &[&str], begins: &str) {
@@ -99,4 +101,42 @@ fn no_guest_notices_a_hundred_deaths_of_bulkhead_net_with_its_supervisor() {
         &["kill", "--server", "net", "--adopt", "--count", "100"],
         "kill net kills=100 lost=0 double=0 wrong=0 ",
     );
+}
+
+#[test]
+fn a_harness_that_is_killed_leaves_nothing() {
+    let (Some(programs), Some(_)) = (tier::programs(), tier::kvm()) else {
+        return;
+    };
+    let place = tempfile::tempdir().expect("a folder");
+    let mut guard = Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["kill", "--server", "block", "--count", "3000", "--programs"])
+        .arg(&programs)
+        .arg("--folder")
+        .arg(place.path())
+        .env("TMPDIR", place.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("cargo builds xtask before its tests");
+    let names = || {
+        let entries = std::fs::read_dir(place.path()).expect("readable");
+        let names = entries.map(|entry| entry.expect("an entry").path());
+        names.collect::<Vec<_>>()
+    };
+    let runs = |folder: &PathBuf| {
+        let mut inner = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        inner.any(|entry| entry.path().join("run/kill/control").exists())
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !names().iter().any(runs) {
+        assert!(Instant::now() < deadline, "no VM is started");
+        std::thread::yield_now();
+    }
+    guard.kill().expect("killed");
+    guard.wait().expect("waited for");
+    while !names().is_empty() {
+        assert!(Instant::now() < deadline, "{:?} are left", names());
+        std::thread::yield_now();
+    }
 }

@@ -4,18 +4,19 @@
 //! the folder in which the second one and all that it starts keep their temporary files (`TMPDIR`), it becomes the parent
 //! of whatever loses its own (a subreaper), and it knows the terminal's settings. When the work is cut short (Ctrl-C, a
 //! SIGTERM, a crash), the guard ends the processes that are left, puts the terminal right and removes the folder. The work
-//! itself needs no signal handlers for that, and cannot forget anything.
+//! itself needs no signal handlers for that, and cannot forget anything. A guard that is killed takes the work with it: that
+//! gets a SIGTERM, and what of it listens to one ends in order.
 
 #![forbid(unsafe_code)]
 
 use crate::rig::Rig;
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::sys::prctl::set_child_subreaper;
+use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getppid};
 use std::fs;
 use std::process::{Command, ExitCode};
 use std::thread;
@@ -25,6 +26,9 @@ use tempfile::TempDir;
 /// Set for the second process.
 const GUARDED_VARIABLE: &str = "BULKHEAD_XTASK_GUARDED";
 
+/// What the folder's name begins with.
+const SCRATCH: &str = "bulkhead-";
+
 /// What ends a command early.
 const ENDING: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
@@ -33,12 +37,22 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs `work` in a process with a guard around it, or right here if this is that process.
 pub fn guarded(work: impl FnOnce() -> Result<ExitCode>) -> Result<ExitCode> {
-    if std::env::var_os(GUARDED_VARIABLE).is_some() {
-        // The guard's mask was inherited; whatever is started here must not inherit it, too.
-        SigSet::empty().thread_set_mask()?;
-        return work();
+    if std::env::var_os(GUARDED_VARIABLE).is_none() {
+        return guard();
     }
-    guard()
+    // The guard's mask was inherited; whatever is started here must not inherit it, too.
+    SigSet::empty().thread_set_mask()?;
+    let parent = getppid();
+    set_pdeathsig(Signal::SIGTERM)?;
+    let result = work();
+    let scratch = std::env::temp_dir();
+    let is_own = scratch
+        .file_name()
+        .is_some_and(|name| name.as_encoded_bytes().starts_with(SCRATCH.as_bytes()));
+    if getppid() != parent && is_own {
+        fs::remove_dir_all(scratch).context("cannot remove the temporary files of this run")?;
+    }
+    result
 }
 
 fn guard() -> Result<ExitCode> {
@@ -50,7 +64,7 @@ fn guard() -> Result<ExitCode> {
     blocked.thread_block()?;
     set_child_subreaper(true)?;
     let terminal = tcgetattr(std::io::stdin()).ok();
-    let scratch = TempDir::with_prefix("bulkhead-").context("cannot make a temporary folder")?;
+    let scratch = TempDir::with_prefix(SCRATCH).context("cannot make a temporary folder")?;
 
     let work = Command::new(std::env::current_exe().context("cannot find this program's own file")?)
         .args(std::env::args_os().skip(1))

@@ -10,7 +10,6 @@ use std::os::fd::{OwnedFd, RawFd};
 
 use serde::{Deserialize, Serialize};
 
-use crate::report::Report;
 use crate::stage::SandboxError;
 
 /// The number of the jail's descriptor in every child that has one.
@@ -21,16 +20,33 @@ pub(crate) const RULESET: RawFd = 5;
 /// See the module. Taken by [`crate::inherited`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Jail {
-    /// What the process will say if the stages that are left succeed.
-    pub(crate) report: Report,
+    /// [`crate::Profile::name`].
+    pub(crate) program: String,
+    /// What the host lacks so far, one sentence each.
+    pub(crate) missing: Vec<String>,
+    pub(crate) has_user_namespace: bool,
+    pub(crate) has_mount_namespace: bool,
     /// User and group that the process must still become: its parent is root and there is no user namespace.
     pub(crate) become_user: Option<(u32, u32)>,
     /// Refuse to go on if the host lacks anything.
     pub require_full: bool,
-    /// The system call filters, in the order in which they are to be installed; none if the kernel has no seccomp.
+    pub(crate) has_landlock: bool,
+    /// Instructions of all filters; `None`: the kernel has no seccomp.
+    pub(crate) instructions: Option<usize>,
+    /// The system call filters, in the order in which they are to be installed.
     pub(crate) filters: Vec<Vec<Instruction>>,
     #[serde(skip)]
     pub(crate) ruleset: Option<OwnedFd>,
+}
+
+/// What a process says about its sandbox when it has locked itself in. It is the child's own word ([`crate::audit()`] is
+/// the view from outside), and goes to its supervisor with its ready message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// [`crate::Profile::name`].
+    pub program: String,
+    /// What the host lacks, one sentence each; empty for a full sandbox.
+    pub missing: Vec<String>,
 }
 
 /// linux/filter.h struct sock_filter: code, jump if true, jump if false, value.

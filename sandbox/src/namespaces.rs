@@ -5,7 +5,6 @@
 //! cannot be entered later, only born into.
 
 use std::fmt;
-use std::fs;
 
 use nix::sched::CloneFlags;
 use serde::{Deserialize, Serialize};
@@ -89,14 +88,6 @@ impl fmt::Display for Namespaces {
         }
         Ok(())
     }
-}
-
-/// Sets the limit on user namespaces below this one to zero: a second lock behind the seccomp rule, because a
-/// process without any capability may still make a user namespace and has all of them inside it.
-///
-/// Returns whether the kernel took it; `/proc` may be read-only (containers), and then seccomp stands alone.
-pub(crate) fn forbid_nested_users(own: Namespaces) -> bool {
-    own.contains(Namespaces::USER) && fs::write("/proc/sys/user/max_user_namespaces", "0").is_ok()
 }
 
 #[cfg(test)]

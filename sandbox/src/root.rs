@@ -10,84 +10,46 @@
 
 use std::fs;
 
-use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::{chdir, chroot, pivot_root};
-
-use crate::report::Root;
-
-const MOUNT_POINT: &str = "/proc";
-/// Limit: one inode is the root directory itself, so that nothing can be created even before it is read-only.
-const TMPFS_OPTIONS: &str = "size=4k,nr_inodes=1,mode=0555";
-
-/// What went wrong, as a sentence that can stand in a report.
-pub(crate) struct NotEmptied(pub String);
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_move, mount_remount, unmount,
+};
+use rustix::process::{chdir, chroot, pivot_root};
 
 /// Empties the root. The caller has a mount namespace of its own and CAP_SYS_ADMIN over it.
 ///
 /// # Errors
 /// The step that failed. The process is then still in the host's root, or in a state between the two that has
 /// no more rights than before.
-pub(crate) fn empty() -> Result<Root, NotEmptied> {
-    let nothing = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let unnamed = None::<&str>;
+pub(crate) fn empty() -> Result<(), String> {
+    let cannot = |step| move |errno: Errno| format!("cannot {step}: {}", describe(errno));
+    let nothing = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     // Nothing that happens here may travel back into the host's mount namespace.
-    mount(
-        unnamed,
-        "/",
-        unnamed,
-        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
-        unnamed,
-    )
-    .or_else(step("make mounts private"))?;
-    mount(
-        Some("bulkhead"),
-        MOUNT_POINT,
-        Some("tmpfs"),
-        nothing,
-        Some(TMPFS_OPTIONS),
-    )
-    .or_else(step("mount a tmpfs"))?;
-    chdir(MOUNT_POINT).or_else(step("go into the tmpfs"))?;
-    let root = match pivot_root(".", ".") {
-        Ok(()) => {
-            umount2(".", MntFlags::MNT_DETACH).or_else(step("detach the old root"))?;
-            Root::Empty
+    let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+    mount_change("/", private).map_err(cannot("make mounts private"))?;
+    // Limit: one inode is the root directory itself, so that nothing can be created even before it is read-only.
+    let room = c"size=4k,nr_inodes=1,mode=0555";
+    mount("bulkhead", "/proc", "tmpfs", nothing, room).map_err(cannot("mount a tmpfs"))?;
+    chdir("/proc").map_err(cannot("go into the tmpfs"))?;
+    match pivot_root(".", ".") {
+        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(cannot("detach the old root"))?,
+        // man 2 pivot_root, NOTES: the rootfs of a host that runs from its initramfs cannot be pivoted; switch_root's way
+        // is to move over it.
+        Err(Errno::INVAL) => {
+            mount_move(".", "/").map_err(cannot("move the tmpfs over the root"))?;
+            chroot(".").map_err(cannot("change into the moved root"))?;
         }
-        // man 2 pivot_root, NOTES: the rootfs cannot be pivoted; switch_root's way is to move over it.
-        Err(Errno::EINVAL) => {
-            mount(Some("."), "/", unnamed, MsFlags::MS_MOVE, unnamed)
-                .or_else(step("move the tmpfs over the root"))?;
-            chroot(".").or_else(step("change into the moved root"))?;
-            Root::EmptyOverInitramfs
-        }
-        Err(errno) => return step("pivot the root")(errno),
-    };
-    chdir("/").or_else(step("go to the new root"))?;
-    mount(
-        unnamed,
-        "/",
-        unnamed,
-        MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | nothing,
-        unnamed,
-    )
-    .or_else(step("make the root read-only"))?;
+        Err(errno) => return Err(cannot("pivot the root")(errno)),
+    }
+    chdir("/").map_err(cannot("go to the new root"))?;
+    mount_remount("/", nothing | MountFlags::RDONLY, "").map_err(cannot("make the root read-only"))?;
     match fs::read_dir("/").map(Iterator::count) {
-        Ok(0) => Ok(root),
-        Ok(count) => Err(NotEmptied(format!(
-            "the root directory is not empty: it has {count} entries"
-        ))),
-        Err(error) => Err(NotEmptied(format!(
-            "the root directory is not empty: cannot list it: {error}"
-        ))),
+        Ok(0) => Ok(()),
+        Ok(count) => Err(format!("it has {count} entries")),
+        Err(error) => Err(format!("cannot list it: {error}")),
     }
 }
 
-fn step<T>(what: &'static str) -> impl FnOnce(Errno) -> Result<T, NotEmptied> {
-    move |errno| {
-        Err(NotEmptied(format!(
-            "the root directory is not empty: cannot {what}: {}",
-            errno.desc()
-        )))
-    }
+fn describe(errno: Errno) -> &'static str {
+    nix::errno::Errno::from_raw(errno.raw_os_error()).desc()
 }

@@ -16,17 +16,13 @@ use seccompiler::{
 
 use crate::jail::Instruction;
 use crate::profile::{Answer, Profile, Rule, When};
-use crate::report::Seccomp;
 
 /// Compiles the profile for a process with this id (inside its PID namespace): the filters in the order in which they are
-/// to be installed, and what they are in sum.
+/// to be installed.
 ///
 /// # Errors
 /// The profile has a rule that cannot be expressed, or is too long: our own mistake, which the tests catch.
-pub(crate) fn compile(
-    profile: &Profile,
-    own_pid: u32,
-) -> Result<(Vec<Vec<Instruction>>, Seccomp), BackendError> {
+pub(crate) fn compile(profile: &Profile, own_pid: u32) -> Result<Vec<Vec<Instruction>>, BackendError> {
     let mut allowed: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut refused: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     let mut errno = None;
@@ -42,7 +38,6 @@ pub(crate) fn compile(
             }
         }
     }
-    let syscalls = allowed.len().saturating_sub(refused.len());
     let action = SeccompAction::Trap;
     let allow: BpfProgram =
         SeccompFilter::new(allowed, action, SeccompAction::Allow, TargetArch::x86_64)?.try_into()?;
@@ -54,17 +49,10 @@ pub(crate) fn compile(
         }
     };
     // This order: the allowing filter has no rule for seccomp(2) itself.
-    let filters: Vec<Vec<Instruction>> = refuse
-        .iter()
-        .chain([&allow])
+    let filters = refuse.iter().chain([&allow]);
+    Ok(filters
         .map(|program| program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect())
-        .collect();
-    let instructions: usize = filters.iter().map(Vec::len).sum();
-    let summary = Seccomp::AllowList {
-        syscalls: u32::try_from(syscalls).unwrap_or(u32::MAX),
-        instructions: u32::try_from(instructions).unwrap_or(u32::MAX),
-    };
-    Ok((filters, summary))
+        .collect())
 }
 
 /// Adds a rule's alternatives to those of the same call. An empty list means "whatever the arguments", and wins.
@@ -135,15 +123,11 @@ mod tests {
     #[test]
     fn every_profile_compiles_and_fits_into_the_kernels_limit() {
         for profile in profile::all() {
-            let (filters, summary) = compile(&profile, 1).unwrap();
-            let name = profile.name;
+            let filters = compile(&profile, 1).unwrap();
+            let allow = filters.last().map_or(0, Vec::len);
+            assert!(allow > 20, "{} allows next to nothing", profile.name);
             // linux/bpf_common.h BPF_MAXINSNS
-            assert!(
-                filters.iter().all(|filter| filter.len() < 4096),
-                "{name} is too long"
-            );
-            let enough = matches!(summary, Seccomp::AllowList { syscalls: 11.., .. });
-            assert!(enough, "{name} allows next to nothing");
+            assert!(allow < 4096, "{} is too long", profile.name);
         }
     }
 

@@ -42,10 +42,8 @@
 use std::fs;
 use std::io;
 
-use crate::jail::{Instruction, Jail};
-use crate::namespaces::Namespaces;
-use crate::report::{Report, Root, Seccomp};
-use crate::{identity, namespaces, root, sys};
+use crate::jail::{Instruction, Jail, Report};
+use crate::{identity, root, sys};
 
 /// How strict [`Jail::lock_in`] is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,8 +59,8 @@ pub enum SandboxError {
     HostLacks(Vec<String>),
     #[error("the process has {0} threads; it must lock itself in while it has one")]
     MoreThanOneThread(usize),
-    #[error("cannot read {path}: {source}")]
-    Proc { path: &'static str, source: io::Error },
+    #[error("cannot read /proc/self/task: {0}")]
+    Proc(io::Error),
     #[error("cannot {step}: {source}")]
     Privilege { step: &'static str, source: io::Error },
     #[error("Landlock refused its rules: {0}")]
@@ -81,57 +79,52 @@ impl Jail {
     /// # Errors
     /// [`SandboxError`]; the process may then be anywhere between the stages and has to exit.
     pub fn lock_in(self) -> Result<Report, SandboxError> {
-        let mut report = self.report;
-        require_one_thread()?;
-        sys::process::prepare(&report.program);
-        report.nested_users_forbidden = namespaces::forbid_nested_users(report.namespaces);
-        report.root = empty_root(report.namespaces, &mut report.missing);
-        identity::give_up(self.become_user).map_err(|refused| SandboxError::Privilege {
-            step: refused.step,
-            source: io::Error::from_raw_os_error(refused.errno),
-        })?;
+        let (program, mut missing) = (self.program, self.missing);
+        // One entry per thread, those of io_uring included: a ring that polls by a kernel thread is refused as well,
+        // because that thread would keep the rights of the stage it was made in.
+        match fs::read_dir("/proc/self/task")
+            .map_err(SandboxError::Proc)?
+            .count()
+        {
+            1 => {}
+            count => return Err(SandboxError::MoreThanOneThread(count)),
+        }
+        sys::process::prepare(&program);
+        if self.has_user_namespace {
+            // It makes none below itself: a second lock behind the seccomp rule, because a process without any capability
+            // may still make one and has all of them inside it. `/proc` may be read-only (containers): seccomp then stands
+            // alone.
+            fs::write("/proc/sys/user/max_user_namespaces", "0").ok();
+        }
+        let root = match self.has_mount_namespace {
+            true => root::empty(),
+            false => Err("that needs a mount namespace".to_owned()),
+        };
+        missing.extend(
+            root.err()
+                .map(|why| format!("the root directory is not empty: {why}")),
+        );
+        identity::give_up(self.become_user)?;
         if let Some(ruleset) = self.ruleset {
             sys::process::enter_landlock(&ruleset).map_err(SandboxError::Landlock)?;
         }
         // This answer comes before stage 6: afterwards an error could still be reported, but the point of
         // `require_full` is that nothing weaker ever runs.
-        if self.require_full && !report.missing.is_empty() {
-            return Err(SandboxError::HostLacks(report.missing));
+        if self.require_full && !missing.is_empty() {
+            return Err(SandboxError::HostLacks(missing));
         }
-        if let Seccomp::AllowList { instructions, .. } = report.seccomp {
-            sys::process::name_refusals(&report.program);
+        if let Some(instructions) = self.instructions {
+            sys::process::name_refusals(&program);
             install(&self.filters, instructions).map_err(SandboxError::Seccomp)?;
         }
-        Ok(report)
+        Ok(Report { program, missing })
     }
-}
-
-/// `/proc/self/task` has one entry per thread, those of io_uring included: a ring that polls by a kernel thread
-/// is refused as well, because that thread would keep the rights of the stage it was made in.
-fn require_one_thread() -> Result<(), SandboxError> {
-    const PATH: &str = "/proc/self/task";
-    match fs::read_dir(PATH).map(Iterator::count) {
-        Ok(1) => Ok(()),
-        Ok(count) => Err(SandboxError::MoreThanOneThread(count)),
-        Err(source) => Err(SandboxError::Proc { path: PATH, source }),
-    }
-}
-
-fn empty_root(own: Namespaces, missing: &mut Vec<String>) -> Root {
-    if !own.contains(Namespaces::MOUNT) {
-        missing.push("the root directory is not empty: that needs a mount namespace".to_owned());
-        return Root::Host;
-    }
-    root::empty().unwrap_or_else(|root::NotEmptied(why)| {
-        missing.push(why);
-        Root::Host
-    })
 }
 
 /// Stage 6, the last.
-fn install(filters: &[Vec<Instruction>], instructions: u32) -> io::Result<()> {
+fn install(filters: &[Vec<Instruction>], instructions: usize) -> io::Result<()> {
     // Part of a filter could allow what the whole refuses.
-    if filters.is_empty() || filters.iter().map(Vec::len).sum::<usize>() != instructions as usize {
+    if filters.is_empty() || filters.iter().map(Vec::len).sum::<usize>() != instructions {
         return Err(io::Error::other("it has another length than it should"));
     }
     filters

@@ -12,7 +12,6 @@ use nix::unistd::Pid;
 use crate::jail::{JAIL, Jail, RULESET};
 use crate::namespaces::Namespaces;
 use crate::profile::Profile;
-use crate::report::{Landlock, Report, Root, Seccomp};
 use crate::stage::Options;
 use crate::sys::probe;
 use crate::{confine, limits, seccomp};
@@ -29,8 +28,8 @@ pub(crate) struct Birth {
     pub wanted: Namespaces,
     /// User and group that it must still become.
     pub become_user: Option<(u32, u32)>,
-    /// User and group that it will be, as seen by the host.
-    pub outside: (u32, u32),
+    /// The user that it will be, as seen by the host.
+    pub user: u32,
 }
 
 /// Prepares the jail of one child.
@@ -40,7 +39,6 @@ pub(crate) struct Warden {
     options: Options,
     jail: File,
     ruleset: Option<OwnedFd>,
-    landlock: Landlock,
 }
 
 impl Warden {
@@ -52,12 +50,6 @@ impl Warden {
             profile,
             options,
             jail: memfd_create("jail", MFdFlags::MFD_CLOEXEC)?.into(),
-            landlock: match &ruleset {
-                Some(_) => Landlock::DeniesAll {
-                    abi: probe::landlock_abi()?,
-                },
-                None => Landlock::Absent,
-            },
             ruleset,
         })
     }
@@ -86,25 +78,21 @@ impl Warden {
             true => 1,
             false => pid.as_raw().unsigned_abs(),
         };
-        let (filters, seccomp) = match probe::seccomp_can(TRAP) {
+        let has_seccomp = probe::seccomp_can(TRAP);
+        let filters = match has_seccomp {
             true => seccomp::compile(&self.profile, own_pid).map_err(io::Error::other)?,
-            false => (Vec::new(), Seccomp::Absent),
+            false => Vec::new(),
         };
-        let (uid, gid) = birth.outside;
+        let has_landlock = self.ruleset.is_some();
         Ok(Jail {
-            report: Report {
-                program: self.profile.name.to_owned(),
-                namespaces: birth.made,
-                root: Root::Host,
-                uid,
-                gid,
-                nested_users_forbidden: false,
-                landlock: self.landlock,
-                seccomp,
-                missing: missing(birth, self.landlock, seccomp),
-            },
+            program: self.profile.name.to_owned(),
+            missing: missing(birth, has_landlock, has_seccomp),
+            has_user_namespace: birth.made.contains(Namespaces::USER),
+            has_mount_namespace: birth.made.contains(Namespaces::MOUNT),
             become_user: birth.become_user,
             require_full: self.options.require_full,
+            has_landlock,
+            instructions: has_seccomp.then(|| filters.iter().map(Vec::len).sum()),
             filters,
             ruleset: None,
         })
@@ -112,16 +100,16 @@ impl Warden {
 }
 
 /// What the host lacks so far, one sentence each.
-fn missing(birth: &Birth, landlock: Landlock, seccomp: Seccomp) -> Vec<String> {
+fn missing(birth: &Birth, has_landlock: bool, has_seccomp: bool) -> Vec<String> {
     let lacking = birth.wanted.without(birth.made);
     let mut missing: Vec<String> = lacking.iter().map(|(_, name)| lacks(name)).collect();
-    if birth.outside.0 == 0 {
+    if birth.user == 0 {
         missing.push("no user of its own: it runs as root, because no other was given".to_owned());
     }
-    if landlock == Landlock::Absent {
+    if !has_landlock {
         missing.push("no Landlock: the kernel was built or started without it".to_owned());
     }
-    if seccomp == Seccomp::Absent {
+    if !has_seccomp {
         missing.push("no system call filter: the kernel was built without seccomp".to_owned());
     }
     missing

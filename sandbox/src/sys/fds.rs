@@ -8,7 +8,6 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use crate::jail::{JAIL, Jail, RULESET};
-use crate::report::Landlock;
 use crate::stage::SandboxError;
 
 /// The number of the control socket in every child.
@@ -24,7 +23,7 @@ static TAKEN: AtomicBool = AtomicBool::new(false);
 pub fn inherited() -> Result<(OwnedFd, Jail), SandboxError> {
     let control = inherited_control_fd()?;
     let mut jail = Jail::read(inherit(JAIL).map_err(|errno| SandboxError::Jail(errno.desc().to_owned()))?)?;
-    if jail.report.landlock != Landlock::Absent {
+    if jail.has_landlock {
         let ruleset = inherit(RULESET).map_err(|errno| SandboxError::Landlock(errno.into()))?;
         jail.ruleset = Some(ruleset);
     }

@@ -1,7 +1,7 @@
 //! Settings of the calling process that only C offers: signal handlers, malloc, Landlock, seccomp.
 
 use std::ffi::{CString, c_int, c_void};
-use std::io;
+use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
@@ -104,18 +104,13 @@ pub(crate) fn name_refusals(program: &str) {
         // SAFETY: the kernel passes a valid siginfo, 128 bytes long.
         let number = unsafe { info.cast::<u8>().add(24).cast::<c_int>().read_unaligned() };
         let program = PROGRAM.get().map_or("?", String::as_str);
-        let mut digits = [b'0'; 10];
-        let mut rest = number.unsigned_abs();
-        for digit in digits.iter_mut().rev() {
-            *digit = b'0' + (rest % 10) as u8;
-            rest /= 10;
-        }
-        let leading = digits.iter().take_while(|digit| **digit == b'0').count().min(9);
-        let number = digits.get(leading..).unwrap_or_default();
-        for part in [program.as_bytes(), REFUSED.as_bytes(), number, b"\n"] {
-            // SAFETY: write is async-signal-safe; the parts are valid for their length.
-            unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
-        }
+        let mut line = [0; 80];
+        let mut free = line.as_mut_slice();
+        // Formatting a number neither allocates nor takes a lock. A line that were too long would be cut.
+        let _ = writeln!(free, "{program}{REFUSED}{}", number.unsigned_abs());
+        let length = 80_usize.saturating_sub(free.len());
+        // SAFETY: write is async-signal-safe; the line is valid for its length.
+        unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), length) };
         // SAFETY: no profile has the first call, so that it is refused while SIGSYS is blocked by this very handler, and
         // the kernel ends the process. Without a filter (there is none in unit tests) the second one does;
         // `Child::try_wait` knows its status.

@@ -157,7 +157,7 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
             made: rung.namespaces,
             wanted: wanted(spec.namespaces, caller_is_root),
             become_user: rung.become_user,
-            outside: (rung.mapped.or(rung.become_user)).unwrap_or_else(crate::identity::outside),
+            user: (rung.mapped.or(rung.become_user)).map_or_else(crate::identity::outside, |(uid, _)| uid),
         };
         plan.take_namespace_user = rung.mapped.is_some();
         plan.leave_groups = rung.mapped.is_some() && caller_is_root;

@@ -42,13 +42,7 @@ pub fn run(options: &str, deeds: &[&str]) -> i32 {
             return 4;
         }
         Ok(report) => {
-            tell(&control, &format!("report={report}"));
-            tell(&control, &format!("report.full={}", report.is_full()));
-            tell(
-                &control,
-                &format!("report.nested_users_forbidden={}", report.nested_users_forbidden),
-            );
-            tell(&control, &format!("report.landlock={}", report.landlock));
+            tell(&control, &format!("missing={}", report.missing.join("; ")));
         }
     }
     tell(&control, "ready=");

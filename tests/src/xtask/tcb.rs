@@ -20,7 +20,7 @@ use std::process::{Command, ExitCode};
 pub const GOAL_VCPU_LINES: usize = 6000;
 
 /// Limit: a ratchet while the goal is not reached. It holds what has been counted, and may only ever be lowered.
-pub const MAX_VCPU_LINES: usize = 7_898;
+pub const MAX_VCPU_LINES: usize = 7_758;
 
 /// Program and root file; `bulkhead-vcpu` first.
 const PROGRAMS: &[(&str, &str)] = &[

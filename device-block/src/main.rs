@@ -45,7 +45,7 @@ struct Room {
     io: Uring,
     controller: Controller,
     fence: Fence,
-    vcpu: OwnedFd,
+    bus: OwnedFd,
     journal: Journal,
     recorder: Option<Arc<Recorder>>,
 }
@@ -53,7 +53,7 @@ struct Room {
 fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     start.init_logging()?;
     let config = ControllerConfig::parse(&start.config)?;
-    let vcpu = start.fds.take("vcpu")?;
+    let bus = start.fds.take("bus")?;
     let journal = start.fds.take("journal")?;
     let disks = config
         .disks
@@ -88,7 +88,7 @@ fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
         io,
         controller,
         fence,
-        vcpu,
+        bus,
         journal,
         recorder,
     })
@@ -102,12 +102,12 @@ impl Room {
             io,
             controller,
             fence,
-            vcpu,
+            bus,
             journal,
             recorder,
         } = self;
         let control = start.ready(report)?;
-        let mut port = Port::with_journal(vcpu, journal, generation)?;
+        let mut port = Port::with_journal(bus, journal, generation)?;
         if let Some(recorder) = recorder {
             port.set_recorder(recorder);
         }

@@ -45,7 +45,7 @@ struct Room {
     report: String,
     config: NicConfig,
     backend: Box<dyn Backend>,
-    vcpu: OwnedFd,
+    bus: OwnedFd,
     journal: Journal,
     recorder: Option<Arc<Recorder>>,
 }
@@ -53,7 +53,7 @@ struct Room {
 fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     start.init_logging()?;
     let config = NicConfig::parse(&start.config)?;
-    let vcpu = start.fds.take("vcpu")?;
+    let bus = start.fds.take("bus")?;
     let journal = Journal::map(start.fds.take("journal")?.as_fd())?;
     journal.check::<Saved>()?;
     let fd = start.fds.take(&config.fd)?;
@@ -68,7 +68,7 @@ fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
         report,
         config,
         backend,
-        vcpu,
+        bus,
         journal,
         recorder,
     })
@@ -78,13 +78,13 @@ impl Room {
     fn run(self, start: Start) -> Result<()> {
         let generation = start.generation;
         let control = start.ready(self.report)?;
-        let mut port = Port::with_journal(self.vcpu, self.journal, generation)?;
+        let mut port = Port::with_journal(self.bus, self.journal, generation)?;
         if let Some(recorder) = self.recorder {
             port.set_recorder(recorder);
         }
         match Server::new(control, port, &self.config, self.backend)?.run() {
             // The VM is over.
-            Err(ServerError::Vcpu(PeerFault::Eof) | ServerError::Supervisor(PeerFault::Eof)) => Ok(()),
+            Err(ServerError::Bus(PeerFault::Eof) | ServerError::Supervisor(PeerFault::Eof)) => Ok(()),
             result => Ok(result?),
         }
     }

@@ -59,7 +59,7 @@ pub enum When {
     OwnPid { argument: u8 },
 }
 
-/// bulkhead-vcpu: KVM, the overlay pages, its threads, and the sockets to the supervisor and the device servers.
+/// bulkhead-vcpu: KVM, the overlay pages, its threads, and the sockets to the supervisor and to bulkhead-bus.
 pub fn vcpu() -> Profile {
     Profile {
         name: "bulkhead-vcpu",
@@ -82,6 +82,19 @@ pub fn block() -> Profile {
         limits: Limits {
             open_files: 2048,
             threads: 512,
+        },
+    }
+}
+
+/// bulkhead-bus: sockets, and eventfds that it makes.
+pub fn bus() -> Profile {
+    Profile {
+        name: "bulkhead-bus",
+        syscalls: [RUNTIME, MEMORY, SOCKETS, EPOLL, BUS].concat(),
+        // Limit: two eventfds for each of 2,048 channels, and as many again on their way in a socket's queue.
+        limits: Limits {
+            open_files: 16384,
+            threads: 1,
         },
     }
 }
@@ -113,8 +126,8 @@ pub fn keeper() -> Profile {
 }
 
 /// The profiles of all programs.
-pub fn all() -> [Profile; 4] {
-    [vcpu(), block(), net(), keeper()]
+pub fn all() -> [Profile; 5] {
+    [vcpu(), bus(), block(), net(), keeper()]
 }
 
 const fn allow(name: &'static str, number: i64, when: &'static [When], by: &'static str) -> Rule {
@@ -292,14 +305,21 @@ const VCPU: &[Rule] = &[
     allow("rt_sigaction", c::SYS_rt_sigaction, KICK_SIGNAL, "vmm-core/src/kvm/kick.rs install_kick_handler"),
     allow("ioctl", c::SYS_ioctl, KVM_REQUESTS, "vmm-core/src/kvm/vcpu.rs run"),
     allow("eventfd2", c::SYS_eventfd2, ANY, "vmm-core/src/kvm/event.rs new"),
-    allow("timerfd_create", c::SYS_timerfd_create, ANY, "vmm-core/src/run/timers.rs new"),
-    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "vmm-core/src/run/timers.rs arm"),
+    allow("timerfd_create", c::SYS_timerfd_create, ANY, "vmm-core/src/run/slot_timer.rs new"),
+    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "vmm-core/src/run/slot_timer.rs want"),
     allow("memfd_create", c::SYS_memfd_create, ANY, "vmbus/src/mem/shared.rs sealed_memfd"),
     allow("ftruncate", c::SYS_ftruncate, ANY, "vmbus/src/mem/shared.rs sealed_memfd"),
     allow("fallocate", c::SYS_fallocate, ANY, "vmm-core/src/kvm/memory.rs wipe"),
     allow("mincore", c::SYS_mincore, ANY, "vmm-core/src/kvm/memory.rs is_resident"),
     // The boot plan, which is carried out again at each reset.
     allow("lseek", c::SYS_lseek, ANY, "vmm-core/src/run/power.rs fill_memory"),
+];
+
+#[rustfmt::skip] // a table: one entry a line
+const BUS: &[Rule] = &[
+    allow("eventfd2", c::SYS_eventfd2, ANY, "vmm-core/src/control_plane/eventfds.rs new"),
+    allow("timerfd_create", c::SYS_timerfd_create, ANY, "vmm-core/src/control_plane/timers.rs new"),
+    allow("timerfd_settime", c::SYS_timerfd_settime, ANY, "vmm-core/src/control_plane/timers.rs arm"),
 ];
 
 const KVM_REQUESTS: &[When] = &[When::OneOf {

@@ -7,11 +7,12 @@
 //! | control (the first) | sockets, timers, console input, the life of the VM ([`control`]) | its epoll |
 //! | `console` | writes what the guest printed | whoever reads it |
 //!
-//! Between them stands [`machine::Machine`] behind one lock. The pure cores ([`crate::hyperv`], [`crate::bus`],
-//! [`crate::pc`]) decide; the files here carry out, through [`crate::kvm`], sockets and eventfds.
+//! Between them stands [`machine::Machine`] behind one lock. The pure cores ([`crate::hyperv`], [`crate::pc`]) decide;
+//! the files here carry out, through [`crate::kvm`], sockets and eventfds. What channels there are, and who serves them,
+//! is known to `bulkhead-bus` alone ([`crate::control_plane`]), which gets the guest's messages unread.
 //!
-//! The order at the start: `Start` with all descriptors; the sandbox, while there is one thread; guest RAM, kernel,
-//! VM and vCPUs; threads; `Ready`; devices; `Run`. No path is opened, ever.
+//! The order at the start: `Start` with all descriptors; the sandbox, while there is one thread; guest RAM, which
+//! `bulkhead-bus` is told of; kernel, VM and vCPUs; threads; `Ready`; `Run`. No path is opened, ever.
 //!
 //! What does not pass through here: a kick goes from the guest by KVM to the server, an interrupt from the server
 //! by KVM to the guest, and data lies in memory that both map.
@@ -19,17 +20,16 @@
 mod console;
 mod control;
 mod gate;
-mod links;
 mod machine;
 mod partition;
 mod populate;
 mod power;
 mod processor;
 mod signals;
+mod slot_timer;
 mod start;
 #[cfg(test)]
 mod tests;
-mod timers;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -37,20 +37,20 @@ use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use sandbox::Jail;
-use vmbus::ipc::{ExitCause, Socket, VcpuToSupervisor};
+use vmbus::ipc::hello::PROTOCOL;
+use vmbus::ipc::{ExitCause, Socket, VcpuToBus, VcpuToSupervisor};
 use vmbus::mem::RamLayout;
 
 use self::console::{Input, Writer};
-use self::control::{Control, Parts};
+use self::control::{Control, Parts, Source};
 use self::gate::Gate;
-use self::links::{Links, Source};
 use self::machine::Machine;
 use self::partition::Pages;
 use self::power::{Hardware, PoweredOn};
 use self::processor::Shared;
+use self::slot_timer::SlotTimer;
 use self::start::Start;
-use self::timers::Timers;
-use crate::bus::Bus;
+use crate::child::{Link, init_logging};
 use crate::kvm::{Event, GuestMapping, Kvm, install_kick_handler};
 use crate::pc::serial::{Console, Output};
 
@@ -79,13 +79,21 @@ pub fn main(control: OwnedFd, jail: Jail) -> ExitCode {
 /// Locks the process in, makes the machine, and says ready.
 fn build(start: Start, jail: Jail, socket: &mut Socket) -> anyhow::Result<Control> {
     let config = start.config;
-    start::init_logging(&config.log)?;
+    init_logging(&config.log)?;
     let report = jail.lock_in()?;
     install_kick_handler()?;
 
     let layout = RamLayout::for_size(config.memory_bytes);
     let memory = Arc::new(GuestMapping::new(layout.clone())?);
     let pages = Arc::new(Pages::new(config.vcpus)?);
+    let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
+    let mut bus = Link::new(start.bus, Source::Bus.token(), &epoll)?;
+    let told = VcpuToBus::Machine {
+        protocol: PROTOCOL,
+        ram: layout,
+        vp_count: config.vcpus,
+    };
+    bus.send(&told, &[memory.fd(), pages.siefp_fd()])?;
     let (serial_interrupt, button) = (Event::new()?, Event::new()?);
     let (attention, console_room) = (Event::new()?, Event::new()?);
     let output = Arc::new(Output::default());
@@ -111,24 +119,21 @@ fn build(start: Start, jail: Jail, socket: &mut Socket) -> anyhow::Result<Contro
         ram_pages,
     } = hardware.power_on()?;
 
-    let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
-    let links = Links::new(socket.as_fd().try_clone_to_owned()?, epoll.clone())?;
-    let timers = Timers::new()?;
+    let supervisor = socket.as_fd().try_clone_to_owned()?;
+    let supervisor = Link::new(supervisor, Source::Supervisor.token(), &epoll)?;
+    let slot_timer = SlotTimer::new()?;
     for (fd, source) in [
-        (timers.as_fd(), Source::Timer),
+        (slot_timer.as_fd(), Source::Timer),
         (attention.as_fd(), Source::Attention),
         (console_room.as_fd(), Source::ConsoleRoom),
     ] {
         epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, source.token()))?;
     }
-    let bus = Bus::new(config.vcpus, layout);
     let machine = Machine::new(
         partition,
-        bus,
-        links,
-        timers,
+        (supervisor, bus),
+        slot_timer,
         memory,
-        pages,
         attention.try_clone()?,
     );
     let gate = Gate::new(attention.try_clone()?);

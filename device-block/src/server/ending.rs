@@ -52,7 +52,7 @@ impl Server {
                 Ending::Broken(why) => self.port.channel_broken(channel.endpoint, why),
                 Ending::Closing | Ending::No => self.port.channel_closed(channel.endpoint),
             };
-            ended.map_err(ServerError::Vcpu)?;
+            ended.map_err(ServerError::Bus)?;
         }
         Ok(())
     }

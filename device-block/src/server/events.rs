@@ -81,7 +81,7 @@ impl Server {
     }
 
     fn on_port(&mut self, for_room: bool, more: bool) -> Result<(), ServerError> {
-        for event in self.port.on_readable().map_err(ServerError::Vcpu)? {
+        for event in self.port.on_readable().map_err(ServerError::Bus)? {
             self.on_port_event(event)?;
         }
         if for_room {
@@ -127,7 +127,7 @@ impl Server {
             // Its channels have nothing in common that a closed one could withhold.
             PortEvent::HandedOver => {}
             PortEvent::GpadlTeardown { gpadl } => {
-                self.port.gpadl_released(gpadl).map_err(ServerError::Vcpu)?
+                self.port.gpadl_released(gpadl).map_err(ServerError::Bus)?
             }
             PortEvent::Quiesce { token } => {
                 self.quiesce = Some(token);
@@ -155,7 +155,7 @@ impl Server {
             self.controller.on_primary_opened(saved);
             // The predecessor may have died between its answer and the offer.
             if let Some(count) = self.controller.session().sub_channels() {
-                self.port.offer_sub_channels(count).map_err(ServerError::Vcpu)?;
+                self.port.offer_sub_channels(count).map_err(ServerError::Bus)?;
             }
             // Sub-channels wait for the session.
             for channel in self.channels.values_mut() {

@@ -2,7 +2,7 @@
 //!
 //! # The wait
 //! All that can happen comes out of one io_uring: the end of disk I/O, kicks of the guest, messages of the supervisor
-//! and of `bulkhead-vcpu`. An idle server is in one system call and has no timer.
+//! and of `bulkhead-bus`. An idle server is in one system call and has no timer.
 //!
 //! Kicks are polled by a multishot poll and never read: it reports wake-ups, not levels, so each kick is one
 //! completion without a system call of its own.
@@ -62,9 +62,9 @@ pub const IO_NUMBER_BASE: u64 = KIND_IO << KIND_SHIFT;
 /// Why a server ends other than by being told to.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The socket to `bulkhead-vcpu`.
-    #[error("bulkhead-vcpu: {0}")]
-    Vcpu(PeerFault),
+    /// The socket to `bulkhead-bus`.
+    #[error("bulkhead-bus: {0}")]
+    Bus(PeerFault),
     /// The socket to the supervisor.
     #[error("supervisor: {0}")]
     Supervisor(PeerFault),
@@ -91,7 +91,7 @@ pub struct Parts {
     pub io: Uring,
     /// The line to the supervisor.
     pub control: Control,
-    /// The line to `bulkhead-vcpu`.
+    /// The line to `bulkhead-bus`.
     pub port: Port,
     /// The controller that is served.
     pub controller: Controller,
@@ -170,8 +170,8 @@ impl Server {
                 self.leave();
                 self.release()
             }
-            // A socket's end: the supervisor or bulkhead-vcpu is gone, and with it the VM.
-            Err(ServerError::Supervisor(PeerFault::Eof) | ServerError::Vcpu(PeerFault::Eof)) => {
+            // A socket's end: the supervisor or bulkhead-bus is gone, and with it the VM.
+            Err(ServerError::Supervisor(PeerFault::Eof) | ServerError::Bus(PeerFault::Eof)) => {
                 self.leave();
                 Ok(())
             }
@@ -275,7 +275,7 @@ impl Server {
         {
             self.quiesce = None;
             let endpoints: Vec<Endpoint> = self.take_all();
-            self.port.quiesced(token, endpoints).map_err(ServerError::Vcpu)?;
+            self.port.quiesced(token, endpoints).map_err(ServerError::Bus)?;
             tracing::info!("quiesced");
         }
         self.poll_for_room()

@@ -80,7 +80,7 @@ impl Room {
         let mut guest = SyntheticGuest::new(guest)?;
         let mut running = launch(&program, &arguments, &start, &disks, &journal)?;
         let report = running.supervisor.wait_ready(deadline())?;
-        guest.attach(running.vcpu, deadline())?;
+        guest.attach(running.bus, deadline())?;
         Ok(Self {
             program,
             arguments,
@@ -152,7 +152,7 @@ impl Room {
         self.supervisor = running.supervisor;
         self.child = running.child;
         self.report = self.supervisor.wait_ready(deadline())?;
-        self.guest.attach(running.vcpu, deadline())?;
+        self.guest.attach(running.bus, deadline())?;
         Ok(())
     }
 
@@ -174,7 +174,7 @@ fn deadline() -> Instant {
 struct Running {
     child: Child,
     supervisor: PlayedSupervisor,
-    vcpu: OwnedFd,
+    bus: OwnedFd,
 }
 
 fn launch(
@@ -185,7 +185,7 @@ fn launch(
     journal: &OwnedFd,
 ) -> Result<Running, RoomError> {
     let (control, child_control) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
-    let (vcpu, child_vcpu) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
+    let (bus, child_bus) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
     let child = sandbox::spawn(Spawn {
         program: program.to_owned(),
         args: arguments.to_vec(),
@@ -200,13 +200,13 @@ fn launch(
     // As the supervisor does: a description for this server alone, which its I/O is known by.
     let disks = disks.iter().map(|(name, fd)| Ok((name.as_str(), open_anew(fd)?)));
     let disks = disks.collect::<std::io::Result<Vec<_>>>()?;
-    let mut fds = vec![("vcpu", child_vcpu.as_fd()), ("journal", journal.as_fd())];
+    let mut fds = vec![("bus", child_bus.as_fd()), ("journal", journal.as_fd())];
     fds.extend(disks.iter().map(|(name, fd)| (*name, fd.as_fd())));
     supervisor.start(start, &fds)?;
     Ok(Running {
         child,
         supervisor,
-        vcpu,
+        bus,
     })
 }
 

@@ -76,8 +76,8 @@ const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(500);
 /// Why a server ends other than by being told to.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    #[error("bulkhead-vcpu: {0}")]
-    Vcpu(PeerFault),
+    #[error("bulkhead-bus: {0}")]
+    Bus(PeerFault),
     #[error("supervisor: {0}")]
     Supervisor(PeerFault),
     #[error("supervisor: {0}")]
@@ -190,7 +190,7 @@ impl Server {
     fn carry_out(&mut self) -> Result<(), ServerError> {
         self.give_up_broken()?;
         if let Some(count) = self.nic.take_offer() {
-            self.port.offer_sub_channels(count).map_err(ServerError::Vcpu)?;
+            self.port.offer_sub_channels(count).map_err(ServerError::Bus)?;
         }
         for text in self.nic.take_events() {
             self.control.event(text)?;
@@ -205,7 +205,7 @@ impl Server {
             if let Some(endpoint) = self.close(*index)? {
                 self.port
                     .channel_broken(endpoint, why.clone())
-                    .map_err(ServerError::Vcpu)?;
+                    .map_err(ServerError::Bus)?;
             }
         }
         Ok(!broken.is_empty())
@@ -258,7 +258,7 @@ impl Server {
     }
 
     fn on_port(&mut self) -> Result<(), ServerError> {
-        let mut events = self.port.on_readable().map_err(ServerError::Vcpu)?.into_iter();
+        let mut events = self.port.on_readable().map_err(ServerError::Bus)?.into_iter();
         while let Some(event) = events.next() {
             if let Err(error) = self.on_port_event(event) {
                 for event in events {
@@ -296,7 +296,7 @@ impl Server {
             }
             PortEvent::ChannelClosing { sub_index, .. } => {
                 if let Some(endpoint) = self.close(sub_index)? {
-                    self.port.channel_closed(endpoint).map_err(ServerError::Vcpu)?;
+                    self.port.channel_closed(endpoint).map_err(ServerError::Bus)?;
                 }
             }
             PortEvent::Retargeted {
@@ -306,7 +306,7 @@ impl Server {
             PortEvent::GpadlAdded { .. } => {}
             PortEvent::GpadlTeardown { gpadl } => {
                 self.nic.on_gpadl_teardown(&self.port, gpadl)?;
-                self.port.gpadl_released(gpadl).map_err(ServerError::Vcpu)?;
+                self.port.gpadl_released(gpadl).map_err(ServerError::Bus)?;
             }
             PortEvent::Quiesce { token } => {
                 let mut endpoints = Vec::new();
@@ -314,7 +314,7 @@ impl Server {
                     endpoints.extend(self.close(index)?);
                 }
                 self.nic.on_quiesced();
-                self.port.quiesced(token, endpoints).map_err(ServerError::Vcpu)?;
+                self.port.quiesced(token, endpoints).map_err(ServerError::Bus)?;
             }
         }
         Ok(())

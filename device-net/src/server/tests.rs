@@ -96,12 +96,12 @@ fn server(
     supervisor.start(&options, &[]).expect("sent");
     let start = Start::receive(theirs).expect("a start");
     let control = start.ready(String::new()).expect("sent");
-    let (vcpu, ours) = vmbus::ipc::pair().expect("a pair");
+    let (bus, ours) = vmbus::ipc::pair().expect("a pair");
     let journal = journal.as_fd().try_clone_to_owned().expect("a duplicate");
     let port = Port::new(ours, journal, generation).expect("a port");
     let stream = Stream::new(net.try_clone().expect("a duplicate").into()).expect("a stream");
     let mut server = Server::new(control, port, &config(), Box::new(stream)).expect("a server");
-    guest.attach(vcpu, deadline()).expect("attached");
+    guest.attach(bus, deadline()).expect("attached");
     for _ in 0..4 {
         assert!(server.turn(EpollTimeout::ZERO).expect("it serves"));
     }
@@ -151,7 +151,7 @@ fn receive_status(message: HostMessage) -> NvspStatus {
     }
 }
 
-/// The socket was read, then `bulkhead-vcpu` speaks and the guest goes on, then the ring is read.
+/// The socket was read, then `bulkhead-bus` speaks and the guest goes on, then the ring is read.
 #[test]
 fn a_packet_that_names_a_gpadl_is_not_judged_before_the_news_of_the_gpadl_was_read() {
     let mut scene = Scene::new();

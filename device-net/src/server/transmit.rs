@@ -53,7 +53,7 @@ pub struct Transmission {
     pub status: NvspStatus,
 }
 
-/// Whether the socket to `bulkhead-vcpu` must be read before a packet makes sense.
+/// Whether the socket to `bulkhead-bus` must be read before a packet makes sense.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Hearing {
     #[default]
@@ -171,7 +171,7 @@ impl Nic {
 
     /// Whether a message names a GPADL that we have not heard of and have not asked for.
     ///
-    /// `bulkhead-vcpu` tells us of a GPADL before it lets the guest go on, but on a socket: by the time that the packet is
+    /// `bulkhead-bus` tells us of a GPADL before it lets the guest go on, but on a socket: by the time that the packet is
     /// in the ring the news is in the socket, and we may have read the socket before that. So the packet stays in the
     /// ring until the socket was read once more ([`Nic::heard`]); if the GPADL is unknown then, there is none.
     fn awaits_gpadl(&mut self, port: &Port, message: GuestMessage) -> bool {
@@ -201,7 +201,7 @@ impl Nic {
         self.hearing == Hearing::Wanted
     }
 
-    /// Everything that `bulkhead-vcpu` had said before this call has been carried out.
+    /// Everything that `bulkhead-bus` had said before this call has been carried out.
     pub fn heard(&mut self) {
         if self.hearing == Hearing::Wanted {
             self.hearing = Hearing::Heard;

@@ -68,7 +68,7 @@ impl Room {
         let fd_name = config.fd.clone();
         let mut running = launch(&program, &start, (&fd_name, &net), &journal)?;
         let report = running.supervisor.wait_ready(deadline())?;
-        guest.attach(running.vcpu, deadline())?;
+        guest.attach(running.bus, deadline())?;
         Ok(Self {
             program,
             start,
@@ -120,7 +120,7 @@ impl Room {
         self.supervisor = running.supervisor;
         self.child = running.child;
         self.report = self.supervisor.wait_ready(deadline())?;
-        self.guest.attach(running.vcpu, deadline())?;
+        self.guest.attach(running.bus, deadline())?;
         Ok(())
     }
 
@@ -163,7 +163,7 @@ fn deadline() -> Instant {
 struct Running {
     child: Child,
     supervisor: PlayedSupervisor,
-    vcpu: OwnedFd,
+    bus: OwnedFd,
 }
 
 fn launch(
@@ -173,7 +173,7 @@ fn launch(
     journal: &OwnedFd,
 ) -> Result<Running, RoomError> {
     let (control, child_control) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
-    let (vcpu, child_vcpu) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
+    let (bus, child_bus) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
     let child = sandbox::spawn(Spawn {
         program: program.to_owned(),
         args: Vec::new(),
@@ -186,7 +186,7 @@ fn launch(
     })?;
     let mut supervisor = PlayedSupervisor::new(control);
     let fds = [
-        ("vcpu", child_vcpu.as_fd()),
+        ("bus", child_bus.as_fd()),
         ("journal", journal.as_fd()),
         (net.0, net.1.as_fd()),
     ];
@@ -194,6 +194,6 @@ fn launch(
     Ok(Running {
         child,
         supervisor,
-        vcpu,
+        bus,
     })
 }

@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 use super::*;
 
-const PROGRAMS: [fn() -> Profile; 4] = [vcpu, block, net, keeper];
+const PROGRAMS: [fn() -> Profile; 5] = [vcpu, bus, block, net, keeper];
 
 /// Calls that turn a held descriptor or a number into something new in the world.
 const NEVER: &[(&str, i64)] = &[

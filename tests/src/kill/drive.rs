@@ -222,7 +222,7 @@ impl Killer<'_> {
         }
     }
 
-    /// Kills it. `false`: it has ended just now, by itself, which the played `bulkhead-vcpu` counts.
+    /// Kills it. `false`: it has ended just now, by itself, which the played `bulkhead-bus` counts.
     fn kill(&self, victim: &Victim) -> Result<bool> {
         self.timeline.kill(victim.generation);
         let was_there = victim.signal(Signal::KILL)?;

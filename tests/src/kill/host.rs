@@ -1,24 +1,27 @@
-//! The harness as `bulkhead-vcpu`: what the supervisor says, and which server the guest has.
+//! The harness as `bulkhead-vcpu` and `bulkhead-bus`: what the supervisor says, and which server the guest has.
 
 #![forbid(unsafe_code)]
 
 use super::PATIENCE;
 use super::faults::{Fault, Faults};
-use super::played::{receive, wait_readable};
+use super::played::wait_any;
 use super::timeline::Timeline;
-use anyhow::{Context, Result, bail};
+use super::vm::Sockets;
+use anyhow::{Context, Result, bail, ensure};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use vmbus::ipc::{ExitCause, Message, ServerToVcpu, Socket, SupervisorToVcpu, VcpuToSupervisor};
+use vmbus::ipc::{
+    BusToSupervisor, ExitCause, Message, ServerToBus, SupervisorToBus, SupervisorToVcpu, VcpuToSupervisor,
+};
 use vmbus::vsc::{GuestOptions, SyntheticGuest, VscError};
 
 /// How often the server's socket and the wish to stop are looked at. Nothing waits for it but the end.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Plays `bulkhead-vcpu` for a VM with one device.
+/// Plays both for a VM with one device.
 pub struct Host<'a> {
-    supervisor: Socket,
+    supervisor: Sockets,
     timeline: &'a Timeline,
     /// Memory and channels.
     pub guest: SyntheticGuest,
@@ -32,12 +35,14 @@ pub struct Host<'a> {
     pub adopted: bool,
     /// Generations of servers that somebody else has killed than whoever kills here.
     pub unexplained: Vec<u32>,
+    /// The guest does.
+    runs: bool,
 }
 
 impl<'a> Host<'a> {
-    /// Goes from the supervisor's `Start`, which [`super::played`] has read, to `Run`.
+    /// Goes from the supervisor's `Start`s, which [`super::played`] has read, to `Run`.
     pub fn start(
-        supervisor: Socket,
+        supervisor: Sockets,
         options: GuestOptions,
         (faults, timeline): (&Faults, &'a Timeline),
     ) -> Result<Self> {
@@ -50,20 +55,22 @@ impl<'a> Host<'a> {
             waiting: None,
             adopted: false,
             unexplained: Vec::new(),
+            runs: false,
         };
+        let report = r#"{"program":"played"}"#.to_owned();
+        let ready = BusToSupervisor::Ready {
+            report: report.clone(),
+        };
+        this.supervisor.bus.send(&ready, &[])?;
+        this.supervisor
+            .vcpu
+            .send(&VcpuToSupervisor::Ready { report }, &[])?;
         let deadline = Instant::now() + PATIENCE;
-        let ready = VcpuToSupervisor::Ready {
-            report: r#"{"program":"played"}"#.to_owned(),
-        };
-        this.supervisor.send(&ready, &[])?;
-        loop {
-            let (message, fds) = receive::<SupervisorToVcpu>(&mut this.supervisor, deadline)?;
-            if matches!(message, SupervisorToVcpu::Run) {
-                this.supervisor.send(&VcpuToSupervisor::Started, &[])?;
-                return Ok(this);
-            }
-            this.on_message(message, fds, faults)?;
+        while !this.runs {
+            ensure!(Instant::now() < deadline, "nothing was heard in time");
+            this.hear(faults)?;
         }
+        Ok(this)
     }
 
     /// Serves until `stop` is set. A fault of the server's is counted.
@@ -77,14 +84,33 @@ impl<'a> Host<'a> {
 
     /// Hears what was said, or waits a moment.
     pub fn turn(&mut self, faults: &Faults) -> Result<()> {
-        wait_readable(&self.supervisor, Some(Instant::now() + LOOK))?;
-        while let Some((message, fds)) = self.supervisor.recv::<SupervisorToVcpu>()? {
-            self.on_message(message, fds, faults)?;
-        }
+        self.hear(faults)?;
         // A server that is dead says nothing more; that it is, the supervisor says.
         while let Ok(Some(message)) = self.guest.next_message() {
-            if let ServerToVcpu::ChannelBroken { channel, why, .. } = message {
+            if let ServerToBus::ChannelBroken { channel, why, .. } = message {
                 faults.count(Fault::Wrong, format_args!("channel {channel} is broken: {why}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, faults: &Faults) -> Result<()> {
+        let Sockets { vcpu, bus } = &self.supervisor;
+        wait_any([bus, vcpu], Instant::now() + LOOK)?;
+        while let Some((message, fds)) = self.supervisor.bus.recv::<SupervisorToBus>()? {
+            self.on_message(message, fds, faults)?;
+        }
+        while let Some((message, _)) = self.supervisor.vcpu.recv::<SupervisorToVcpu>()? {
+            match message {
+                SupervisorToVcpu::Run => {
+                    self.supervisor.vcpu.send(&VcpuToSupervisor::Started, &[])?;
+                    self.runs = true;
+                }
+                SupervisorToVcpu::Inspect => {
+                    let nothing = VcpuToSupervisor::Inspect { entries: Vec::new() };
+                    self.supervisor.vcpu.send(&nothing, &[])?;
+                }
+                other => bail!("the supervisor says {} to a VM that runs", other.name()),
             }
         }
         Ok(())
@@ -98,23 +124,18 @@ impl<'a> Host<'a> {
                 cause: ExitCause::PowerOff,
             },
         ] {
-            self.supervisor.send(&message, &[])?;
+            self.supervisor.vcpu.send(&message, &[])?;
         }
         Ok(())
     }
 
-    fn on_message(
-        &mut self,
-        message: SupervisorToVcpu,
-        mut fds: Vec<OwnedFd>,
-        faults: &Faults,
-    ) -> Result<()> {
+    fn on_message(&mut self, message: SupervisorToBus, mut fds: Vec<OwnedFd>, faults: &Faults) -> Result<()> {
         match message {
-            SupervisorToVcpu::AddDevice { device: 0, .. } => {
+            SupervisorToBus::AddDevice { device: 0, .. } => {
                 let link = fds.pop().context("no socket to a server")?;
                 self.attach(link, 1)
             }
-            SupervisorToVcpu::ServerAttached {
+            SupervisorToBus::ServerAttached {
                 device: 0,
                 generation,
             } => {
@@ -122,7 +143,7 @@ impl<'a> Host<'a> {
                 let link = fds.pop().context("no socket to a server")?;
                 self.attach(link, generation)
             }
-            SupervisorToVcpu::ServerGone {
+            SupervisorToBus::ServerGone {
                 device: 0,
                 generation,
             } => {
@@ -142,9 +163,9 @@ impl<'a> Host<'a> {
                 self.gone = true;
                 self.promote()
             }
-            SupervisorToVcpu::Inspect => {
-                let nothing = VcpuToSupervisor::Inspect { entries: Vec::new() };
-                Ok(self.supervisor.send(&nothing, &[])?)
+            SupervisorToBus::Inspect => {
+                let nothing = BusToSupervisor::Inspect { entries: Vec::new() };
+                Ok(self.supervisor.bus.send(&nothing, &[])?)
             }
             other => bail!("the supervisor says {} to a VM with one device", other.name()),
         }

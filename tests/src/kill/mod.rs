@@ -3,13 +3,13 @@
 //! ```text
 //!   harness (this process)                                   real processes
 //!     load: one thread a channel ══ rings, kicks, interrupts ══╗
-//!     host: plays bulkhead-vcpu ═══ "vcpu" socket ═════════ bulkhead-block or bulkhead-net, sandboxed
+//!     host: plays bulkhead-bus  ═══ "bus" socket ═════════ bulkhead-block or bulkhead-net, sandboxed
 //!       ╚═══════ supervisor's socket ════════ bulkhead run        ▲ starts, watches, fences, starts again
 //!     killer: one thread ── SIGKILL by pidfd ─────────────────────┘
 //! ```
 //!
-//! Supervisor and servers are the programs that are shipped, with their sandboxes. Only `bulkhead-vcpu` is played
-//! ([`played`]), so that no processor is needed and a kill costs milliseconds; and, for a network interface, passt. The
+//! Supervisor and servers are the programs that are shipped, with their sandboxes. Only `bulkhead-vcpu` and `bulkhead-bus`
+//! are played ([`played`]), so that no processor is needed and a kill costs milliseconds; and, for a network interface, passt. The
 //! guest's drivers are those that the servers' own tests use.
 //!
 //! Moments of death come from a seed: mostly some time after the last death was got over, so that each stall is that of
@@ -22,7 +22,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `vm.rs`, `played.rs` | the supervisor, its played child, and how all of it ends |
-//! | `host.rs` | what the supervisor says to `bulkhead-vcpu` |
+//! | `host.rs` | what the supervisor says to these two |
 //! | `timeline.rs` | kills, and the stalls that they cause |
 //! | `scene.rs` | a VM, its load, and what is done to its servers |
 //! | `drive.rs` | the threads, and who is killed when |

@@ -1,8 +1,10 @@
-//! What stands in for `bulkhead-vcpu` and for passt: children of the supervisor that hand their sockets to the harness.
+//! What stands in for `bulkhead-vcpu`, `bulkhead-bus` and passt: children of the supervisor that hand their sockets to the
+//! harness.
 //!
 //! The console's output is a socket to the harness, because the harness made it the supervisor's standard output.
 //! So the harness itself answers the supervisor, with one clock for kills and completions, and this process only lives
-//! as long as the harness wants the VM to live, or as long as the harness lives.
+//! as long as the harness wants the VM to live, or as long as the harness lives. `bulkhead-bus` gives its own socket to
+//! `bulkhead-vcpu`, which hands both over, and lives as long as that one.
 //!
 //! passt is given one end of a stream and nothing else. The one played here is found by the supervisor in a folder that
 //! the harness has put in front of its PATH, and beside itself it finds the socket at which the harness waits for it.
@@ -20,11 +22,12 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use vmbus::ipc::server_start::NamedFds;
-use vmbus::ipc::{Message, Socket, SupervisorToVcpu};
+use vmbus::ipc::{Message, Socket, SupervisorToBus, SupervisorToVcpu};
 use vmm_core::supervisor::control::connect_to;
 
 /// The names under which xtask plays these parts.
 pub const VCPU: &str = "bulkhead-vcpu";
+pub const BUS: &str = "bulkhead-bus";
 pub const PASST: &str = "passt";
 
 /// Beside the played passt: where the harness listens.
@@ -33,7 +36,7 @@ pub(super) const NETWORK_SOCKET: &str = "network";
 /// passt's end of the stream, as `--fd` says.
 const PASST_FD: i32 = 3;
 
-/// The one message to the harness. Comes with the socket.
+/// The one message of whoever hands a socket over. Comes with it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Handover {
     /// Of a kind that a decoder can tell from nothing at all.
@@ -55,6 +58,7 @@ pub fn main(program: &str) -> Option<ExitCode> {
     let path = Path::new(program);
     let (name, result) = match path.file_name()?.to_str()? {
         VCPU => (VCPU, play_vcpu()),
+        BUS => (BUS, play_bus()),
         PASST => (PASST, play_passt(path)),
         _ => return None,
     };
@@ -86,11 +90,31 @@ fn play_vcpu() -> Result<()> {
     let SupervisorToVcpu::Start { fds: names, .. } = message else {
         bail!("the supervisor begins with {}", message.name());
     };
-    let mut line = Socket::new(NamedFds::new(names, fds)?.take("console-out")?);
+    let mut fds = NamedFds::new(names, fds)?;
+    let mut line = Socket::new(fds.take("console-out")?);
+    let mut bus = Socket::new(fds.take("bus")?);
+    let (_, bus_control) = receive::<Handover>(&mut bus, deadline)?;
+    let bus_control = bus_control.first().context("bulkhead-bus hands nothing over")?;
     line.send(&Handover { mark: 1 }, &[control.as_fd()])?;
-    drop(control);
+    line.send(&Handover { mark: 1 }, &[bus_control.as_fd()])?;
+    drop((control, fds));
     // The harness never says anything: its end is what there is to hear.
     wait_readable(&line, None)?;
+    Ok(())
+}
+
+fn play_bus() -> Result<()> {
+    let mut control = Socket::new(sandbox::inherited_control_fd()?);
+    let deadline = Instant::now() + super::PATIENCE;
+    let (message, fds) = receive(&mut control, deadline)?;
+    let SupervisorToBus::Start { .. } = message else {
+        bail!("the supervisor begins with {}", message.name());
+    };
+    let vcpu = fds.into_iter().next().context("no socket was handed over")?;
+    let mut vcpu = Socket::new(vcpu);
+    vcpu.send(&Handover { mark: 1 }, &[control.as_fd()])?;
+    drop(control);
+    wait_readable(&vcpu, None)?;
     Ok(())
 }
 
@@ -122,6 +146,17 @@ pub(super) fn wait_readable(fd: &impl AsFd, deadline: Option<Instant>) -> Result
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+    }
+}
+
+/// Waits until one of them is readable or at its end, or the deadline has passed.
+pub(super) fn wait_any(fds: [&Socket; 2], deadline: Instant) -> Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+    let mut list = fds.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+    match poll(&mut list, timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
     }
 }
 

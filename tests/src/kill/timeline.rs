@@ -4,7 +4,7 @@
 //! - *stall*: the longest time from sending a request to its completion, of all requests that were under way at the
 //!   kill. What a program in the guest would see at worst.
 //! - *silence*: the longest time in which no request at all was completed, from the kill until all those are.
-//! - *phases*: when `bulkhead-vcpu` heard that the dead server is gone (the supervisor has noticed, and its I/O is over),
+//! - *phases*: when `bulkhead-bus` heard that the dead server is gone (the supervisor has noticed, and its I/O is over),
 //!   that its successor is started, and when that one said hello; after that it replays.
 //!
 //! A kill that comes before all requests that were under way at the one before are completed is *chained*: its stall
@@ -218,7 +218,7 @@ impl Timeline {
         }
     }
 
-    /// `bulkhead-vcpu` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed it.
+    /// `bulkhead-bus` hears that a server is gone, the first of [`PHASES`]. `false`: nobody had killed it.
     pub fn gone(&self, generation: u32) -> bool {
         let mut state = self.lock();
         if std::mem::take(&mut state.replacing) {

@@ -31,6 +31,12 @@ use vmm_core::supervisor::control::{Listener, Reply, Request, connect_to};
 /// Limit: what the supervisor may take to end a VM; it allows its children three seconds twice.
 const END: Duration = Duration::from_secs(15);
 
+/// Where the supervisor expects the processes that the harness plays.
+pub struct Sockets {
+    pub vcpu: Socket,
+    pub bus: Socket,
+}
+
 /// A running VM.
 pub struct Vm {
     supervisor: Child,
@@ -48,12 +54,17 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Starts the VM; also returns the socket on which the supervisor expects `bulkhead-vcpu`.
+    /// Starts the VM; also returns the sockets on which the supervisor expects `bulkhead-vcpu` and `bulkhead-bus`.
     ///
-    /// * `programs`: where `bulkhead` and the servers are; `bulkhead-vcpu` is played by the running program;
+    /// * `programs`: where `bulkhead` and the servers are; `bulkhead-vcpu` and `bulkhead-bus` are played by the running
+    ///   program;
     /// * `server`: the name of a program and the file that runs instead of the one among `programs`;
     /// * `flags`: what `bulkhead run` is told besides.
-    pub fn start(programs: &Path, server: Option<(&str, &Path)>, flags: &[String]) -> Result<(Self, Socket)> {
+    pub fn start(
+        programs: &Path,
+        server: Option<(&str, &Path)>,
+        flags: &[String],
+    ) -> Result<(Self, Sockets)> {
         let programs = &programs
             .canonicalize()
             .with_context(|| format!("there is no folder {}", programs.display()))?;
@@ -65,6 +76,7 @@ impl Vm {
             ("bulkhead-block", programs.join("bulkhead-block")),
             ("bulkhead-net", programs.join("bulkhead-net")),
             (played::VCPU, this.clone()),
+            (played::BUS, this.clone()),
         ] {
             let target = match server {
                 Some((other, file)) if other == name => file.to_owned(),
@@ -101,10 +113,16 @@ impl Vm {
         };
         let mut line = Socket::new(line);
         let deadline = Instant::now() + PATIENCE;
-        let handed = receive::<Handover>(&mut line, deadline)
-            .with_context(|| format!("no VM was started: {}", log.last_lines()))?;
-        let (_, mut fds) = handed;
-        let socket = fds.pop().context("no socket was handed over")?;
+        let mut handed = || {
+            let (_, mut fds) = receive::<Handover>(&mut line, deadline)
+                .with_context(|| format!("no VM was started: {}", log.last_lines()))?;
+            let socket = fds.pop().context("no socket was handed over")?;
+            anyhow::Ok(Socket::new(socket))
+        };
+        let sockets = Sockets {
+            vcpu: handed()?,
+            bus: handed()?,
+        };
         let control = connect(&folder)?;
         let supervisor = starting.supervisor.take().context("started above")?;
         let vm = Self {
@@ -117,7 +135,7 @@ impl Vm {
             log,
             folder,
         };
-        Ok((vm, Socket::new(socket)))
+        Ok((vm, sockets))
     }
 
     /// The network's end of the stream that the servers of an interface `user` get, once.
@@ -405,6 +423,6 @@ impl Log {
 fn disowned(line: &str) -> Option<u32> {
     let (_, rest) = line.split_once(" (server ")?;
     let (generation, rest) = rest.split_once(") ")?;
-    let is_disowned = rest.contains("bulkhead-vcpu may not know it");
+    let is_disowned = rest.contains("bulkhead-bus may not know it");
     generation.parse().ok().filter(|_| is_disowned)
 }

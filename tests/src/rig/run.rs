@@ -39,6 +39,7 @@ pub const RUNS_AT_ONCE: usize = 1;
 const OUR_PROGRAMS: &[&str] = &[
     "bulkhead",
     "bulkhead-vcpu",
+    "bulkhead-bus",
     "bulkhead-block",
     "bulkhead-net",
     "bulkhead-filter",

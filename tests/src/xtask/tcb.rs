@@ -16,15 +16,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// What can be read and reviewed whole: where the process that every guest's fate hangs on has to get to.
-pub const GOAL_VCPU_LINES: usize = 6000;
-
-/// Limit: a ratchet while the goal is not reached. It holds what has been counted, and may only ever be lowered.
-pub const MAX_VCPU_LINES: usize = 7_758;
+/// Limit: what can be read and reviewed whole, for the process that every guest's fate hangs on.
+pub const MAX_VCPU_LINES: usize = 6_000;
 
 /// Program and root file; `bulkhead-vcpu` first.
 const PROGRAMS: &[(&str, &str)] = &[
     ("bulkhead-vcpu", "vmm-core/src/bin/bulkhead-vcpu.rs"),
+    ("bulkhead-bus", "vmm-core/src/bin/bulkhead-bus.rs"),
     ("bulkhead-block", "device-block/src/main.rs"),
     ("bulkhead-net", "device-net/src/main.rs"),
     ("bulkhead", "vmm-core/src/bin/bulkhead.rs"),
@@ -148,11 +146,6 @@ pub fn main(arguments: &TcbArguments) -> Result<ExitCode> {
                 .files
                 .iter()
                 .for_each(|(file, count)| println!("    {count:>5}  {file}"));
-        }
-        if lines.program == "bulkhead-vcpu" && lines.total() >= GOAL_VCPU_LINES {
-            println!(
-                "    NOT YET below the goal of {GOAL_VCPU_LINES}; until then it must stay below {MAX_VCPU_LINES}"
-            );
         }
         within &= lines.program != "bulkhead-vcpu" || lines.total() < MAX_VCPU_LINES;
     }

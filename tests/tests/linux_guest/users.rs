@@ -45,7 +45,7 @@ X
         # While it runs: none of its processes may belong to root or have a capability.
         touch /tmp/said
         (until grep -q '^guest: look now' /tmp/said; do sleep 0.2; done
-         for name in bulkhead bulkhead-vcpu bulkhead-block bulkhead-net; do
+         for name in bulkhead bulkhead-vcpu bulkhead-bus bulkhead-block bulkhead-net; do
             for pid in $(pidof $name); do
                 echo "rig: $name uid $(sed -n 's/^Uid:.\([0-9]*\).*/\1/p' /proc/$pid/status) caps $(sed -n 's/^CapEff:.//p' /proc/$pid/status) seccomp $(sed -n 's/^Seccomp:.//p' /proc/$pid/status)"
             done
@@ -55,7 +55,7 @@ X
         kill $looking 2>/dev/null && echo FAILED nobody asked to look
         cat /tmp/seen
         grep -q 'uid 0 ' /tmp/seen && echo FAILED a process belongs to root
-        [ "$(grep -c 'bulkhead-.* caps 0000000000000000 seccomp 2' /tmp/seen)" = 3 ] || echo FAILED a child is not locked in
+        [ "$(grep -c 'bulkhead-.* caps 0000000000000000 seccomp 2' /tmp/seen)" = 4 ] || echo FAILED a child is not locked in
         e2fsck -fn /tmp/disk.raw || echo FAILED e2fsck"#
     );
     let mut says = WELL.to_vec();

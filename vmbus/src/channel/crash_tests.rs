@@ -56,7 +56,7 @@ impl Server {
     }
 
     fn run_until_idle(&mut self) {
-        for event in self.port.on_readable().expect("vcpu behaves") {
+        for event in self.port.on_readable().expect("bus behaves") {
             match event {
                 PortEvent::ChannelOpened(endpoint, recovered) => {
                     self.endpoint = Some(endpoint);

@@ -1,7 +1,7 @@
-//! What a device server holds of a VM: a [`Port`] to `bulkhead-vcpu`, and one [`Endpoint`] for each open channel.
+//! What a device server holds of a VM: a [`Port`] to `bulkhead-bus`, and one [`Endpoint`] for each open channel.
 //!
 //! ```text
-//!   bulkhead-vcpu ══ socket ══ Port ── PortEvent ──▶ the device's session
+//!   bulkhead-bus ══ socket ══ Port ── PortEvent ──▶ the device's session
 //!                                │ ChannelOpened             │ receive, take, complete, publish
 //!                                ▼                           ▼
 //!   guest ══ two rings in RAM ══ Endpoint: reader, writer, journal, kick, interrupt
@@ -40,7 +40,7 @@
 //! ring any more, every call repeats the fault, and the server reports the channel broken
 //! ([`Port::channel_broken`]). A message against the rules is a [`PeerFault`](crate::ipc::PeerFault): the
 //! server exits. Everything in a message is validated here as if the sender were hostile, even what
-//! `bulkhead-vcpu` has validated before.
+//! `bulkhead-bus` has validated before.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! A server's end of the socket to `bulkhead-vcpu`: what is said there becomes checked objects and events.
+//! A server's end of the socket to `bulkhead-bus`: what is said there becomes checked objects and events.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use super::interrupt::NO_VP;
 use super::token::Recovered;
 use super::{MAX_CHANNELS, MAX_RELID};
 use crate::ipc::hello::{PROTOCOL, check_protocol};
-use crate::ipc::{Message, PeerFault, SendError, ServerToVcpu, Socket, VcpuToServer};
+use crate::ipc::{BusToServer, Message, PeerFault, SendError, ServerToBus, Socket};
 use crate::journal::{ChannelJournal, Journal, JournalError, SaveError, SavedState, StateFault};
 use crate::mem::{Access, Gpn, GuestRam, PAGE_BYTES, PagedArea, RamLayout, SharedMap};
 use crate::record::{EventKind, Recorder};
@@ -121,7 +121,7 @@ impl Port {
     pub fn with_journal(socket: OwnedFd, journal: Journal, generation: u32) -> Result<Self, PortError> {
         let mut socket = Socket::new(socket);
         socket.send(
-            &ServerToVcpu::Hello {
+            &ServerToBus::Hello {
                 protocol: PROTOCOL,
                 generation,
             },
@@ -176,11 +176,11 @@ impl Port {
         self.socket.has_queued()
     }
 
-    /// Handles everything that has arrived. After an error the server exits: `bulkhead-vcpu` is gone, or broken.
+    /// Handles everything that has arrived. After an error the server exits: `bulkhead-bus` is gone, or broken.
     pub fn on_readable(&mut self) -> Result<Vec<PortEvent>, PeerFault> {
         self.socket.flush()?;
         let mut events = Vec::new();
-        while let Some((message, fds)) = self.socket.recv::<VcpuToServer>()? {
+        while let Some((message, fds)) = self.socket.recv::<BusToServer>()? {
             if let Some(event) = self.on_message(message, fds)? {
                 events.push(event);
             }
@@ -190,17 +190,17 @@ impl Port {
 
     fn on_message(
         &mut self,
-        message: VcpuToServer,
+        message: BusToServer,
         fds: Vec<OwnedFd>,
     ) -> Result<Option<PortEvent>, PeerFault> {
-        if !self.serves && !matches!(message, VcpuToServer::Attach { .. } | VcpuToServer::Serve) {
+        if !self.serves && !matches!(message, BusToServer::Attach { .. } | BusToServer::Serve) {
             return Err(PeerFault::OutOfTurn {
                 message: message.name(),
                 why: "Serve comes first",
             });
         }
         match message {
-            VcpuToServer::Attach {
+            BusToServer::Attach {
                 protocol,
                 ram,
                 vp_count,
@@ -208,14 +208,14 @@ impl Port {
                 check_protocol(protocol)?;
                 self.on_attach(ram, vp_count, fds).map(Some)
             }
-            VcpuToServer::Gpadl {
+            BusToServer::Gpadl {
                 channel: _,
                 gpadl,
                 pages,
                 byte_count,
                 byte_offset,
             } => self.on_gpadl(gpadl, pages, byte_count, byte_offset).map(Some),
-            VcpuToServer::OpenChannel {
+            BusToServer::OpenChannel {
                 channel,
                 sub_index,
                 open_epoch,
@@ -231,7 +231,7 @@ impl Port {
                 };
                 self.on_open(name, ring_gpadl, downstream_page_offset, target_vp, fresh, fds)
             }
-            VcpuToServer::Retarget {
+            BusToServer::Retarget {
                 channel,
                 open_epoch,
                 target_vp,
@@ -248,16 +248,16 @@ impl Port {
                 };
                 Ok((found.state == ChannelState::Served).then_some(event))
             }
-            VcpuToServer::CloseChannel { channel, open_epoch } => self.on_close(channel, open_epoch),
-            VcpuToServer::TeardownGpadl { gpadl } => match self.gpadls.contains_key(&gpadl) {
+            BusToServer::CloseChannel { channel, open_epoch } => self.on_close(channel, open_epoch),
+            BusToServer::TeardownGpadl { gpadl } => match self.gpadls.contains_key(&gpadl) {
                 true => Ok(Some(PortEvent::GpadlTeardown { gpadl })),
                 false => Err(PeerFault::Unknown {
                     what: "GPADL",
                     id: gpadl,
                 }),
             },
-            VcpuToServer::Quiesce { token } => Ok(Some(PortEvent::Quiesce { token })),
-            VcpuToServer::Serve => {
+            BusToServer::Quiesce { token } => Ok(Some(PortEvent::Quiesce { token })),
+            BusToServer::Serve => {
                 self.attached("Serve")?;
                 if std::mem::replace(&mut self.serves, true) {
                     return Err(PeerFault::OutOfTurn {
@@ -267,7 +267,7 @@ impl Port {
                 }
                 Ok(Some(PortEvent::Serve))
             }
-            VcpuToServer::HandedOver => Ok(Some(PortEvent::HandedOver)),
+            BusToServer::HandedOver => Ok(Some(PortEvent::HandedOver)),
         }
     }
 
@@ -499,7 +499,7 @@ impl Port {
     /// [`MAX_CHANNELS`], and by the device's plan in the supervisor.
     pub fn offer_sub_channels(&mut self, count: u16) -> Result<(), PeerFault> {
         let count = count.min(MAX_CHANNELS - 1);
-        Ok(self.socket.send(&ServerToVcpu::OfferSubChannels { count }, &[])?)
+        Ok(self.socket.send(&ServerToBus::OfferSubChannels { count }, &[])?)
     }
 
     /// The server has let go of the channel: nothing of it is in flight, in the backend or elsewhere.
@@ -536,7 +536,7 @@ impl Port {
             channel, open_epoch, ..
         } = name;
         Ok(self.socket.send(
-            &ServerToVcpu::ChannelBroken {
+            &ServerToBus::ChannelBroken {
                 channel,
                 open_epoch,
                 why,
@@ -554,7 +554,7 @@ impl Port {
             return Ok(());
         };
         self.socket
-            .send(&ServerToVcpu::ChannelClosed { channel, open_epoch }, &[])?;
+            .send(&ServerToBus::ChannelClosed { channel, open_epoch }, &[])?;
         match self.gpadls.get(&removed.ring_gpadl) {
             Some(gpadl) if gpadl.released => self.gpadl_released(removed.ring_gpadl),
             _ => Ok(()),
@@ -574,7 +574,7 @@ impl Port {
         if self.gpadls.remove(&gpadl).is_none() {
             return Ok(());
         }
-        Ok(self.socket.send(&ServerToVcpu::GpadlReleased { gpadl }, &[])?)
+        Ok(self.socket.send(&ServerToBus::GpadlReleased { gpadl }, &[])?)
     }
 
     /// The server has let go of everything: these were all its endpoints, and nothing is in flight.
@@ -595,7 +595,7 @@ impl Port {
         assert!(served == 0, "quiesced with {served} endpoints left");
         self.channels.clear();
         self.gpadls.clear();
-        Ok(self.socket.send(&ServerToVcpu::Quiesced { token }, &[])?)
+        Ok(self.socket.send(&ServerToBus::Quiesced { token }, &[])?)
     }
 }
 

@@ -9,7 +9,7 @@ use super::interrupt::flag_offset;
 use super::*;
 use crate::fault::GuestFault;
 use crate::ipc::hello::PROTOCOL;
-use crate::ipc::{PeerFault, ServerToVcpu, VcpuToServer};
+use crate::ipc::{BusToServer, PeerFault, ServerToBus};
 use crate::journal::test_state::Plain;
 use crate::journal::{MAX_HELD, MAX_PAYLOAD_BYTES, SLOT_COUNT};
 use crate::mem::{Gpn, PAGE_BYTES, RamLayout, sealed_memfd};
@@ -41,7 +41,7 @@ fn setup() -> (SyntheticGuest, Port, OwnedFd) {
 
 /// The endpoints that the port has opened by now.
 fn opened(port: &mut Port) -> Vec<(Box<Endpoint>, Recovered)> {
-    let events = port.on_readable().expect("vcpu behaves");
+    let events = port.on_readable().expect("bus behaves");
     let opened = events.into_iter().filter_map(|event| match event {
         PortEvent::ChannelOpened(endpoint, recovered) => Some((endpoint, recovered)),
         _ => None,
@@ -236,7 +236,7 @@ fn an_open_channel_has_no_mask_and_no_wish_of_an_earlier_opening() {
     let (relid, open_epoch) = (channel.channel_id(), channel.open_epoch());
     guest
         .send_raw(
-            &VcpuToServer::CloseChannel {
+            &BusToServer::CloseChannel {
                 channel: relid,
                 open_epoch,
             },
@@ -244,11 +244,11 @@ fn an_open_channel_has_no_mask_and_no_wish_of_an_earlier_opening() {
         )
         .expect("sent");
     assert!(matches!(
-        port.on_readable().expect("vcpu behaves")[..],
+        port.on_readable().expect("bus behaves")[..],
         [PortEvent::ChannelClosing { .. }]
     ));
-    port.channel_closed(*endpoint).expect("vcpu is there");
-    let closed = ServerToVcpu::ChannelClosed {
+    port.channel_closed(*endpoint).expect("bus is there");
+    let closed = ServerToBus::ChannelClosed {
         channel: relid,
         open_epoch,
     };
@@ -460,7 +460,7 @@ fn a_ring_fault_breaks_one_channel_and_no_other() {
     assert!(!endpoint.can_answer(8));
     assert!(endpoint.send(&OutPacket::in_band(1, false, &[b"x"])).is_err());
     port.channel_broken(*endpoint, fault.to_string())
-        .expect("vcpu is there");
+        .expect("bus is there");
     assert!(
         guest
             .wait_broken(&bad, deadline())
@@ -496,15 +496,15 @@ fn a_ring_fault_breaks_one_channel_and_no_other() {
     // The guest closes the broken one: the port answers by itself.
     guest
         .send_raw(
-            &VcpuToServer::CloseChannel {
+            &BusToServer::CloseChannel {
                 channel: 1,
                 open_epoch: bad.open_epoch(),
             },
             &[],
         )
         .expect("sent");
-    assert!(port.on_readable().expect("vcpu behaves").is_empty());
-    let closed = ServerToVcpu::ChannelClosed {
+    assert!(port.on_readable().expect("bus behaves").is_empty());
+    let closed = ServerToBus::ChannelClosed {
         channel: 1,
         open_epoch: bad.open_epoch(),
     };
@@ -529,7 +529,7 @@ fn a_ring_of_impossible_shape_is_the_guests_fault() {
         .enumerate()
     {
         let channel = 10 + sub_index as u32;
-        let message = VcpuToServer::OpenChannel {
+        let message = BusToServer::OpenChannel {
             channel,
             sub_index: sub_index as u16,
             open_epoch: 1,
@@ -544,7 +544,7 @@ fn a_ring_of_impossible_shape_is_the_guests_fault() {
             "gpadl {gpadl:#x} cut at {downstream}"
         );
         match guest.next_message().expect("the server behaves") {
-            Some(ServerToVcpu::ChannelBroken { channel: broken, .. }) => assert_eq!(broken, channel),
+            Some(ServerToBus::ChannelBroken { channel: broken, .. }) => assert_eq!(broken, channel),
             other => panic!("{other:?}"),
         }
     }
@@ -560,7 +560,7 @@ fn eventfds() -> [OwnedFd; 2] {
 
 #[test]
 fn messages_with_impossible_values_are_the_peers_fault() {
-    let open = |channel, sub_index, target_vp, ring_gpadl| VcpuToServer::OpenChannel {
+    let open = |channel, sub_index, target_vp, ring_gpadl| BusToServer::OpenChannel {
         channel,
         sub_index,
         open_epoch: 1,
@@ -569,7 +569,7 @@ fn messages_with_impossible_values_are_the_peers_fault() {
         target_vp,
         fresh: true,
     };
-    let gpadl = |gpadl, pages, byte_count| VcpuToServer::Gpadl {
+    let gpadl = |gpadl, pages, byte_count| BusToServer::Gpadl {
         channel: 1,
         gpadl,
         pages,
@@ -577,7 +577,7 @@ fn messages_with_impossible_values_are_the_peers_fault() {
         byte_offset: 0,
     };
     let good_gpadl = gpadl(1, vec![20, 21, 22, 23], 16384);
-    let cases: Vec<(Vec<VcpuToServer>, &str)> = vec![
+    let cases: Vec<(Vec<BusToServer>, &str)> = vec![
         (vec![open(0, 0, 0, 1)], "relid 0"),
         (vec![open(2048, 0, 0, 1)], "relid beyond the flags"),
         (vec![open(1, 64, 0, 1)], "sub-channel index"),
@@ -595,18 +595,18 @@ fn messages_with_impossible_values_are_the_peers_fault() {
         ),
         (vec![gpadl(1, vec![20], 4096)], "GPADL twice"),
         (
-            vec![VcpuToServer::TeardownGpadl { gpadl: 7 }],
+            vec![BusToServer::TeardownGpadl { gpadl: 7 }],
             "teardown of nothing",
         ),
         (
-            vec![VcpuToServer::CloseChannel {
+            vec![BusToServer::CloseChannel {
                 channel: 7,
                 open_epoch: 1,
             }],
             "close of nothing",
         ),
         (
-            vec![VcpuToServer::Retarget {
+            vec![BusToServer::Retarget {
                 channel: 1,
                 open_epoch: 1,
                 target_vp: 9,
@@ -624,7 +624,7 @@ fn messages_with_impossible_values_are_the_peers_fault() {
         let mut outcome = port.on_readable().map(|_| ());
         for message in &messages {
             let fds = eventfds();
-            let fds = if matches!(message, VcpuToServer::OpenChannel { .. }) {
+            let fds = if matches!(message, BusToServer::OpenChannel { .. }) {
                 &fds[..]
             } else {
                 &[]
@@ -647,7 +647,7 @@ fn attach_checks_what_it_is_given() {
     let unsealed = unsealed.expect("a memfd");
     nix::unistd::ftruncate(&unsealed, 1 << 20).expect("sized");
     let layout = RamLayout::for_size(1 << 20);
-    let attach = |protocol, ram: &RamLayout, vp_count| VcpuToServer::Attach {
+    let attach = |protocol, ram: &RamLayout, vp_count| BusToServer::Attach {
         protocol,
         ram: ram.clone(),
         vp_count,
@@ -684,9 +684,9 @@ fn attach_checks_what_it_is_given() {
         let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
         let journal = PlayedSupervisor::new_journal().expect("a journal");
         let mut port = Port::new(theirs, journal, 1).expect("a port");
-        let mut vcpu = crate::ipc::Socket::new(ours);
+        let mut bus = crate::ipc::Socket::new(ours);
         let fds: Vec<_> = fds.iter().map(std::os::fd::AsFd::as_fd).collect();
-        vcpu.send(&message, &fds).expect("sent");
+        bus.send(&message, &fds).expect("sent");
         assert!(port.on_readable().is_err(), "{what}");
         assert!(port.ram().is_none());
     }
@@ -705,15 +705,15 @@ fn attach_checks_what_it_is_given() {
 fn nothing_works_before_attach() {
     let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
     let mut port = Port::new(theirs, PlayedSupervisor::new_journal().expect("a journal"), 1).expect("a port");
-    let mut vcpu = crate::ipc::Socket::new(ours);
-    let gpadl = VcpuToServer::Gpadl {
+    let mut bus = crate::ipc::Socket::new(ours);
+    let gpadl = BusToServer::Gpadl {
         channel: 1,
         gpadl: 1,
         pages: vec![1],
         byte_count: 4096,
         byte_offset: 0,
     };
-    vcpu.send(&gpadl, &[]).expect("sent");
+    bus.send(&gpadl, &[]).expect("sent");
     assert!(matches!(port.on_readable(), Err(PeerFault::OutOfTurn { .. })));
 }
 
@@ -721,7 +721,7 @@ fn nothing_works_before_attach() {
 fn a_retargeted_channel_sets_the_flag_of_its_new_vp() {
     let mut open = open(SMALL);
     open.guest.retarget(&open.channel, 1).expect("sent");
-    let events = open.port.on_readable().expect("vcpu behaves");
+    let events = open.port.on_readable().expect("bus behaves");
     assert!(matches!(
         events[..],
         [PortEvent::Retargeted {
@@ -741,31 +741,31 @@ fn the_rings_gpadl_is_given_back_only_after_the_channel_is_closed() {
     let mut open = open(SMALL);
     let gpadl = open.channel.ring_gpadl();
     open.guest
-        .send_raw(&VcpuToServer::TeardownGpadl { gpadl }, &[])
+        .send_raw(&BusToServer::TeardownGpadl { gpadl }, &[])
         .expect("sent");
     assert!(matches!(
-        open.port.on_readable().expect("vcpu behaves")[..],
+        open.port.on_readable().expect("bus behaves")[..],
         [PortEvent::GpadlTeardown { .. }]
     ));
-    open.port.gpadl_released(gpadl).expect("vcpu is there");
+    open.port.gpadl_released(gpadl).expect("bus is there");
     assert!(open.port.gpadl(gpadl).is_none(), "no new use");
     assert_eq!(open.guest.next_message(), Ok(None));
     let (channel, open_epoch) = (1, open.channel.open_epoch());
     open.guest
-        .send_raw(&VcpuToServer::CloseChannel { channel, open_epoch }, &[])
+        .send_raw(&BusToServer::CloseChannel { channel, open_epoch }, &[])
         .expect("sent");
     assert!(matches!(
-        open.port.on_readable().expect("vcpu behaves")[..],
+        open.port.on_readable().expect("bus behaves")[..],
         [PortEvent::ChannelClosing { .. }]
     ));
-    open.port.channel_closed(open.endpoint).expect("vcpu is there");
+    open.port.channel_closed(open.endpoint).expect("bus is there");
     assert_eq!(
         open.guest.next_message(),
-        Ok(Some(ServerToVcpu::ChannelClosed { channel, open_epoch }))
+        Ok(Some(ServerToBus::ChannelClosed { channel, open_epoch }))
     );
     assert_eq!(
         open.guest.next_message(),
-        Ok(Some(ServerToVcpu::GpadlReleased { gpadl }))
+        Ok(Some(ServerToBus::GpadlReleased { gpadl }))
     );
 }
 
@@ -776,17 +776,17 @@ fn a_quiesced_port_has_nothing_and_serves_again() {
     open.channel.flush().expect("flush");
     let token = open.take().expect("a packet");
     open.guest
-        .send_raw(&VcpuToServer::Quiesce { token: 5 }, &[])
+        .send_raw(&BusToServer::Quiesce { token: 5 }, &[])
         .expect("sent");
     assert!(matches!(
-        open.port.on_readable().expect("vcpu behaves")[..],
+        open.port.on_readable().expect("bus behaves")[..],
         [PortEvent::Quiesce { token: 5 }]
     ));
     token.abandon();
-    open.port.quiesced(5, [open.endpoint]).expect("vcpu is there");
+    open.port.quiesced(5, [open.endpoint]).expect("bus is there");
     assert_eq!(
         open.guest.next_message(),
-        Ok(Some(ServerToVcpu::Quiesced { token: 5 }))
+        Ok(Some(ServerToBus::Quiesced { token: 5 }))
     );
     assert!(open.port.gpadl(open.channel.ring_gpadl()).is_none());
     open.guest

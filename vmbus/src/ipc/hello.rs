@@ -1,6 +1,6 @@
 //! Which version of the control protocol is spoken.
 //!
-//! `Start` (supervisor to child), `Hello` (server to vcpu) and `Attach` (vcpu to server) are the first messages
+//! `Start` (supervisor to child), `Hello` (server to bus) and `Attach` (bus to server) are the first messages
 //! of their directions, and begin with the protocol number. There is no negotiation: all programs of one
 //! release speak the same protocol, and a server of a release with another one cannot take over a device
 //! from a running one. The number exists so that a mixture is reported and not misread.

@@ -37,7 +37,7 @@ pub enum SupervisorToServer {
         config: String,
         /// What to log, for example `info` or `info,storvsp=debug`.
         log: String,
-        /// What each descriptor is: `vcpu` (socket to `bulkhead-vcpu`), `journal` (sealed memfd), `recorder`
+        /// What each descriptor is: `bus` (socket to `bulkhead-bus`), `journal` (sealed memfd), `recorder`
         /// (sealed memfd of [`crate::record`], optional), and the device's own (`disk`, `tap`, …). No name twice.
         fds: Vec<String>,
     },
@@ -53,7 +53,7 @@ pub enum SupervisorToServer {
 /// Device server to supervisor, over the server's fd 3.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
 pub enum ServerToSupervisor {
-    /// The sandbox is complete and the server is about to say hello to `bulkhead-vcpu`.
+    /// The sandbox is complete and the server is about to say hello to `bulkhead-bus`.
     Ready {
         /// The sandbox's report, as JSON.
         report: String,
@@ -81,29 +81,10 @@ pub enum SupervisorToVcpu {
         /// [`super::hello::PROTOCOL`] of the supervisor.
         protocol: u32,
         config: VcpuConfig,
-        /// What each descriptor is: `kvm`, `boot0`, `boot1`, … (files of the boot plan), `console-in`, `console-out`.
+        /// What each descriptor is: `kvm`, `bus` (socket to `bulkhead-bus`), `boot0`, `boot1`, … (files of the boot plan),
+        /// `console-in`, `console-out`.
         fds: Vec<String>,
     },
-    /// There is a device. Before `Run`: part of the machine at power-on; after it: hot-added. Comes with one
-    /// descriptor: the socket to the first server of the device.
-    AddDevice {
-        /// The supervisor's number for the device; the key of all later messages about it.
-        device: u32,
-        /// Name of the device in logs.
-        name: String,
-        /// Class of the device: the interface GUID that the guest's driver binds to.
-        interface: Guid,
-        /// Which device of the class; must be stable over reboots and unique in the VM.
-        instance: Guid,
-        /// Most sub-channels that a server of this device may ask to be offered.
-        max_sub_channels: u16,
-    },
-    /// A successor is there. Comes with one descriptor: the socket to it. While its predecessor is there, too, it waits: it
-    /// is let serve by the `ServerGone` of that one. At most one waits.
-    ServerAttached { device: u32, generation: u32 },
-    /// The server process was reaped or has said `Released`, and its asynchronous I/O is over: nothing of it touches
-    /// guest memory any more.
-    ServerGone { device: u32, generation: u32 },
     /// Let the vCPUs run.
     Run,
     /// Stop all vCPUs between two instructions. Repeating it changes nothing.
@@ -198,19 +179,6 @@ pub enum VcpuToSupervisor {
     Started,
     /// The VM cannot be started or go on; the process exits. One sentence for the operator.
     Failed { message: String },
-    /// The server broke the protocol and its connection was dropped: kill it, and start another.
-    ServerMisbehaves {
-        device: u32,
-        generation: u32,
-        why: String,
-    },
-    /// The server owes an acknowledgement that the guest waits for, for longer than the deadline: kill it, and
-    /// say `ServerGone`.
-    ServerSlow {
-        device: u32,
-        generation: u32,
-        waiting_for: String,
-    },
     /// The guest switched itself off. `Exited` follows.
     GuestPowerOff,
     /// The guest reset itself, `count` times by now.
@@ -241,9 +209,118 @@ pub enum ExitCause {
     Fault { message: String },
 }
 
-/// Device server to `bulkhead-vcpu`.
+/// Supervisor to `bulkhead-bus`, over its fd 3.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
-pub enum ServerToVcpu {
+pub enum SupervisorToBus {
+    /// The first message. Comes with one descriptor: the socket to `bulkhead-vcpu`.
+    Start {
+        /// [`super::hello::PROTOCOL`] of the supervisor.
+        protocol: u32,
+        /// What to log, for example `info`.
+        log: String,
+    },
+    /// There is a device. Before `Run`: part of the machine at power-on; after it: hot-added. Comes with one
+    /// descriptor: the socket to the first server of the device.
+    AddDevice {
+        /// The supervisor's number for the device; the key of all later messages about it.
+        device: u32,
+        /// Name of the device in logs.
+        name: String,
+        /// Class of the device: the interface GUID that the guest's driver binds to.
+        interface: Guid,
+        /// Which device of the class; must be stable over reboots and unique in the VM.
+        instance: Guid,
+        /// Most sub-channels that a server of this device may ask to be offered.
+        max_sub_channels: u16,
+    },
+    /// A successor is there. Comes with one descriptor: the socket to it. While its predecessor is there, too, it waits: it
+    /// is let serve by the `ServerGone` of that one. At most one waits.
+    ServerAttached { device: u32, generation: u32 },
+    /// The server process was reaped or has said `Released`, and its asynchronous I/O is over: nothing of it touches
+    /// guest memory any more.
+    ServerGone { device: u32, generation: u32 },
+    /// Answer with `Inspect`.
+    Inspect,
+}
+
+/// `bulkhead-bus` to supervisor, over its fd 3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
+pub enum BusToSupervisor {
+    /// The sandbox is complete.
+    Ready {
+        /// The sandbox's report, as JSON.
+        report: String,
+    },
+    /// The control plane cannot go on; the process exits. One sentence for the operator.
+    Failed { message: String },
+    /// The server broke the protocol and its connection was dropped: kill it, and start another.
+    ServerMisbehaves {
+        device: u32,
+        generation: u32,
+        why: String,
+    },
+    /// The server owes an acknowledgement that the guest waits for, for longer than the deadline: kill it, and
+    /// say `ServerGone`.
+    ServerSlow {
+        device: u32,
+        generation: u32,
+        waiting_for: String,
+    },
+    /// The answer to `Inspect`: `path = value` pairs.
+    Inspect { entries: Vec<(String, String)> },
+}
+
+/// `bulkhead-vcpu` to `bulkhead-bus`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
+pub enum VcpuToBus {
+    /// The first message. Comes with two descriptors, which `bulkhead-bus` maps not itself but hands on to servers: see
+    /// [`BusToServer::Attach`].
+    Machine {
+        /// [`super::hello::PROTOCOL`] of `bulkhead-vcpu`.
+        protocol: u32,
+        ram: RamLayout,
+        /// Virtual processors of the VM.
+        vp_count: u16,
+    },
+    /// The guest's HvPostMessage to one of the connections of VMBus. Answered by `Posted`, before which stands what follows
+    /// from it at once.
+    Post {
+        connection_id: u32,
+        message_type: u32,
+        /// At most 240 bytes.
+        payload: Vec<u8>,
+    },
+    /// The processors stand still for a reset: let every server drop its channels and pages, then say `QuiesceDone`.
+    Reset { token: u64 },
+}
+
+/// `bulkhead-bus` to `bulkhead-vcpu`. Carried out in order: a signal is bound before the guest hears that its channel is
+/// open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
+pub enum BusToVcpu {
+    /// The oldest `Post` that is not answered has been dealt with.
+    Posted,
+    /// Queue a channel message of at most 240 bytes for SINT 2 of a VP.
+    PostToGuest { vp: u16, payload: Vec<u8> },
+    /// Let the guest's HvSignalEvent for the channel (a relid) write the eventfd that comes with this.
+    BindSignal { channel: u32 },
+    /// Forget that eventfd.
+    UnbindSignal { channel: u32 },
+    /// Let the eventfd that comes with this raise SINT 2 of `vp`.
+    BindInterrupt { channel: u32, vp: u16 },
+    /// From now on it raises SINT 2 of this `vp`, and no other.
+    RebindInterrupt { channel: u32, vp: u16 },
+    /// It raises nothing any more, whoever still holds it.
+    UnbindInterrupt { channel: u32 },
+    /// Set the channel's event flag on `vp` and raise SINT 2 there, once.
+    RaiseInterrupt { channel: u32, vp: u16 },
+    /// Every server has let go of the guest's memory: the reset with this token may go on.
+    QuiesceDone { token: u64 },
+}
+
+/// Device server to `bulkhead-bus`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
+pub enum ServerToBus {
     /// The first message. `Attach` and all that is open follows.
     Hello {
         /// [`super::hello::PROTOCOL`] of the server.
@@ -273,12 +350,12 @@ pub enum ServerToVcpu {
     },
 }
 
-/// `bulkhead-vcpu` to device server.
+/// `bulkhead-bus` to device server.
 ///
 /// The order for any server: `Attach`; `Serve`, at once or when the predecessor is gone; every `Gpadl`, every
 /// `OpenChannel`; then live updates.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
-pub enum VcpuToServer {
+pub enum BusToServer {
     /// The first message. Comes with two descriptors: guest RAM (sealed memfd) and the event flags (sealed
     /// memfd with one 4 KiB SIEFP page for each VP; the flags of SINT n are at 256 × n, TLFS section 11.9).
     Attach {
@@ -366,9 +443,7 @@ impl Message for SupervisorToVcpu {
     fn descriptor_count(&self) -> usize {
         match self {
             Self::Start { fds, .. } => fds.len(),
-            Self::AddDevice { .. } | Self::ServerAttached { .. } => 1,
-            Self::ServerGone { .. }
-            | Self::Run
+            Self::Run
             | Self::Pause
             | Self::Resume
             | Self::Reset
@@ -385,13 +460,64 @@ impl Message for VcpuToSupervisor {
     }
 }
 
-impl Message for ServerToVcpu {
+impl Message for SupervisorToBus {
+    fn name(&self) -> &'static str {
+        self.into()
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::Start { .. } | Self::AddDevice { .. } | Self::ServerAttached { .. } => 1,
+            Self::ServerGone { .. } | Self::Inspect => 0,
+        }
+    }
+}
+
+impl Message for BusToSupervisor {
     fn name(&self) -> &'static str {
         self.into()
     }
 }
 
-impl Message for VcpuToServer {
+impl Message for VcpuToBus {
+    fn name(&self) -> &'static str {
+        self.into()
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::Machine { .. } => 2,
+            Self::Post { .. } | Self::Reset { .. } => 0,
+        }
+    }
+}
+
+impl Message for BusToVcpu {
+    fn name(&self) -> &'static str {
+        self.into()
+    }
+
+    fn descriptor_count(&self) -> usize {
+        match self {
+            Self::BindSignal { .. } | Self::BindInterrupt { .. } => 1,
+            Self::Posted
+            | Self::PostToGuest { .. }
+            | Self::UnbindSignal { .. }
+            | Self::RebindInterrupt { .. }
+            | Self::UnbindInterrupt { .. }
+            | Self::RaiseInterrupt { .. }
+            | Self::QuiesceDone { .. } => 0,
+        }
+    }
+}
+
+impl Message for ServerToBus {
+    fn name(&self) -> &'static str {
+        self.into()
+    }
+}
+
+impl Message for BusToServer {
     fn name(&self) -> &'static str {
         self.into()
     }

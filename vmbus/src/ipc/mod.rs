@@ -1,13 +1,15 @@
 //! The control protocol between our own processes.
 //!
-//! Three kinds of `SOCK_SEQPACKET` socket pairs, all made by the supervisor:
+//! `SOCK_SEQPACKET` socket pairs, all made by the supervisor:
 //!
 //! ```text
 //!   bulkhead (supervisor) ── SupervisorToServer / ServerToSupervisor ── device server      (fd 3 there)
 //!            │
-//!            └── SupervisorToVcpu / VcpuToSupervisor ── bulkhead-vcpu                      (fd 3 there)
+//!            ├── SupervisorToVcpu / VcpuToSupervisor ── bulkhead-vcpu                      (fd 3 there)
+//!            │                                             │ VcpuToBus / BusToVcpu         (fd "bus" there)
+//!            └── SupervisorToBus / BusToSupervisor ──── bulkhead-bus                       (fd 3 there)
 //!                                                          │
-//!   device server ── ServerToVcpu / VcpuToServer ──────────┘                               (fd "vcpu")
+//!   device server ── ServerToBus / BusToServer ──────────┘                               (fd "bus")
 //! ```
 //!
 //! One datagram is one message: a serde enum encoded by [`codec`], at most [`codec::MAX_MESSAGE_BYTES`] long,
@@ -19,7 +21,7 @@
 //! Every message is from a hostile peer until checked. This module checks that it decodes, whole and without
 //! a rest, and that its descriptors are complete; it knows no more. Whether the *values* make sense (an id in
 //! range, a message in turn) is checked where they are used: `channel::Port` in a device server, the bus in
-//! `bulkhead-vcpu`, the supervisor.
+//! `bulkhead-bus`, `bulkhead-vcpu`, the supervisor.
 //!
 //! Nobody waits. Sending never blocks: what the kernel does not take at once waits in a bounded queue, and a
 //! peer that lets the queue run over loses its connection. Receiving returns "nothing now".
@@ -42,8 +44,9 @@ use nix::errno::Errno;
 
 pub use codec::{DecodeError, EncodeError};
 pub use messages::{
-    BootPlan, BootSegment, ExitCause, Message, OnReset, Populate, ServerToSupervisor, ServerToVcpu,
-    SupervisorToServer, SupervisorToVcpu, VcpuConfig, VcpuToServer, VcpuToSupervisor,
+    BootPlan, BootSegment, BusToServer, BusToSupervisor, BusToVcpu, ExitCause, Message, OnReset, Populate,
+    ServerToBus, ServerToSupervisor, SupervisorToBus, SupervisorToServer, SupervisorToVcpu, VcpuConfig,
+    VcpuToBus, VcpuToSupervisor,
 };
 pub use socket::{SendError, Socket, pair};
 

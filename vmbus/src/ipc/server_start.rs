@@ -6,7 +6,7 @@
 //!     │                             Start::init_logging()
 //!     │                             open what the configuration needs, lock itself in
 //!     │ ◀──────────────── Ready ──  Start::ready(report)            or Start::fail(message), exit
-//!     │                             Port::new(...)                  hello to bulkhead-vcpu
+//!     │                             Port::new(...)                  hello to bulkhead-bus
 //!     │ ── Ping, Inspect, Stop ──▶  Control::on_readable()          in the server's loop
 //! ```
 //!
@@ -103,7 +103,7 @@ pub struct Start {
     pub config: String,
     /// Log filter, for example `info` or `info,storvsp=debug`.
     pub log: String,
-    /// `vcpu`, `journal` and the device's own.
+    /// `bus`, `journal` and the device's own.
     pub fds: NamedFds,
     socket: Socket,
 }
@@ -319,8 +319,8 @@ mod tests {
         );
         assert!(start.fds.take("journal").is_ok());
         assert_eq!(
-            start.fds.take("vcpu").map(drop),
-            Err(StartError::MissingDescriptor("vcpu".to_owned()))
+            start.fds.take("bus").map(drop),
+            Err(StartError::MissingDescriptor("bus".to_owned()))
         );
         let mut control = start.ready("{}".to_owned()).expect("sent");
         assert_eq!(supervisor.wait_ready(deadline()), Ok("{}".to_owned()));

@@ -63,7 +63,7 @@ fn is_hung_up(reader: &OwnedFd) -> bool {
 fn a_message_arrives_with_its_descriptors_which_are_close_on_exec() {
     let (mut ours, mut theirs) = sockets();
     let (reader, writer) = pipe();
-    let open = VcpuToServer::OpenChannel {
+    let open = BusToServer::OpenChannel {
         channel: 1,
         sub_index: 0,
         open_epoch: 1,
@@ -73,7 +73,7 @@ fn a_message_arrives_with_its_descriptors_which_are_close_on_exec() {
         fresh: true,
     };
     ours.send(&open, &[reader.as_fd(), writer.as_fd()]).expect("sent");
-    let (message, fds) = theirs.recv::<VcpuToServer>().expect("received").expect("there");
+    let (message, fds) = theirs.recv::<BusToServer>().expect("received").expect("there");
     assert_eq!((message, fds.len()), (open, 2));
     for fd in &fds {
         let flags = FdFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFD).expect("flags"));
@@ -87,13 +87,13 @@ fn a_message_arrives_with_its_descriptors_which_are_close_on_exec() {
 fn nothing_to_receive_is_not_waited_for_and_the_end_is_an_error() {
     let (mut ours, theirs) = sockets();
     assert_eq!(
-        ours.recv::<VcpuToServer>().map(|message| message.is_none()),
+        ours.recv::<BusToServer>().map(|message| message.is_none()),
         Ok(true)
     );
     drop(theirs);
-    assert_eq!(ours.recv::<VcpuToServer>().map(|_| ()), Err(PeerFault::Eof));
+    assert_eq!(ours.recv::<BusToServer>().map(|_| ()), Err(PeerFault::Eof));
     assert_eq!(
-        ours.send(&ServerToVcpu::Quiesced { token: 1 }, &[]),
+        ours.send(&ServerToBus::Quiesced { token: 1 }, &[]),
         Err(SendError::Disconnected)
     );
 }
@@ -104,11 +104,11 @@ fn the_number_of_descriptors_must_match_the_message_and_wrong_ones_are_closed() 
         let (raw, theirs) = pair().expect("a socket pair");
         let mut theirs = Socket::new(theirs);
         let (reader, writer) = pipe();
-        let bytes = codec::encode(&VcpuToServer::Quiesce { token: 1 }).expect("encodes");
+        let bytes = codec::encode(&BusToServer::Quiesce { token: 1 }).expect("encodes");
         send_raw(&raw, &bytes, writer.as_fd(), count);
         drop(writer);
         assert!(!is_hung_up(&reader), "the descriptor is on its way");
-        let fault = theirs.recv::<VcpuToServer>().map(|_| ());
+        let fault = theirs.recv::<BusToServer>().map(|_| ());
         assert_eq!(
             fault,
             Err(PeerFault::DescriptorCount {
@@ -126,11 +126,11 @@ fn descriptors_beyond_the_limit_are_a_fault_and_are_closed() {
     let (raw, theirs) = pair().expect("a socket pair");
     let mut theirs = Socket::new(theirs);
     let (reader, writer) = pipe();
-    let bytes = codec::encode(&VcpuToServer::Quiesce { token: 1 }).expect("encodes");
+    let bytes = codec::encode(&BusToServer::Quiesce { token: 1 }).expect("encodes");
     send_raw(&raw, &bytes, writer.as_fd(), MAX_DESCRIPTORS + 4);
     drop(writer);
     assert_eq!(
-        theirs.recv::<VcpuToServer>().map(|_| ()),
+        theirs.recv::<BusToServer>().map(|_| ()),
         Err(PeerFault::DescriptorsTruncated)
     );
     assert!(is_hung_up(&reader));
@@ -150,7 +150,7 @@ fn a_datagram_that_is_too_long_or_no_message_is_a_fault_and_its_descriptors_are_
         let (reader, writer) = pipe();
         send_raw(&raw, bytes, writer.as_fd(), 1);
         drop(writer);
-        let fault = theirs.recv::<VcpuToServer>().map(|_| ()).expect_err("a fault");
+        let fault = theirs.recv::<BusToServer>().map(|_| ()).expect_err("a fault");
         match bytes.len() {
             0..=4 => assert!(matches!(fault, PeerFault::Malformed(_)), "{fault:?}"),
             _ => assert_eq!(fault, PeerFault::MessageTooLong),
@@ -204,7 +204,7 @@ fn queued_messages_and_their_descriptors_arrive_in_order_once_the_peer_reads() {
 fn our_own_miscount_of_descriptors_is_refused_before_anything_is_sent() {
     let (mut ours, mut theirs) = sockets();
     let error = ours.send(
-        &SupervisorToVcpu::ServerAttached {
+        &SupervisorToBus::ServerAttached {
             device: 1,
             generation: 1,
         },
@@ -222,7 +222,7 @@ fn our_own_miscount_of_descriptors_is_refused_before_anything_is_sent() {
         "{error:?}"
     );
     assert_eq!(
-        theirs.recv::<SupervisorToVcpu>().map(|message| message.is_none()),
+        theirs.recv::<SupervisorToBus>().map(|message| message.is_none()),
         Ok(true)
     );
 }

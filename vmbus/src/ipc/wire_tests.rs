@@ -10,22 +10,22 @@ use super::*;
 use crate::mem::RamLayout;
 use crate::wire::Guid;
 
-/// One message of each variant of a direction that device servers and `bulkhead-vcpu` exchange.
-fn vcpu_to_server() -> Vec<VcpuToServer> {
+/// One message of each variant of a direction that device servers and `bulkhead-bus` exchange.
+fn bus_to_server() -> Vec<BusToServer> {
     vec![
-        VcpuToServer::Attach {
+        BusToServer::Attach {
             protocol: 1,
             ram: RamLayout::for_size(4 << 30),
             vp_count: 4,
         },
-        VcpuToServer::Gpadl {
+        BusToServer::Gpadl {
             channel: 5,
             gpadl: 0xE1E10,
             pages: vec![7, 9],
             byte_count: 8192,
             byte_offset: 0,
         },
-        VcpuToServer::OpenChannel {
+        BusToServer::OpenChannel {
             channel: 5,
             sub_index: 0,
             open_epoch: 3,
@@ -34,38 +34,38 @@ fn vcpu_to_server() -> Vec<VcpuToServer> {
             target_vp: 2,
             fresh: true,
         },
-        VcpuToServer::Retarget {
+        BusToServer::Retarget {
             channel: 5,
             open_epoch: 3,
             target_vp: 1,
         },
-        VcpuToServer::CloseChannel {
+        BusToServer::CloseChannel {
             channel: 5,
             open_epoch: 3,
         },
-        VcpuToServer::TeardownGpadl { gpadl: 0xE1E10 },
-        VcpuToServer::Quiesce {
+        BusToServer::TeardownGpadl { gpadl: 0xE1E10 },
+        BusToServer::Quiesce {
             token: 0x1122_3344_5566_7788,
         },
-        VcpuToServer::Serve,
-        VcpuToServer::HandedOver,
+        BusToServer::Serve,
+        BusToServer::HandedOver,
     ]
 }
 
-fn server_to_vcpu() -> Vec<ServerToVcpu> {
+fn server_to_bus() -> Vec<ServerToBus> {
     vec![
-        ServerToVcpu::Hello {
+        ServerToBus::Hello {
             protocol: 1,
             generation: 2,
         },
-        ServerToVcpu::OfferSubChannels { count: 3 },
-        ServerToVcpu::ChannelClosed {
+        ServerToBus::OfferSubChannels { count: 3 },
+        ServerToBus::ChannelClosed {
             channel: 5,
             open_epoch: 3,
         },
-        ServerToVcpu::GpadlReleased { gpadl: 0xE1E10 },
-        ServerToVcpu::Quiesced { token: 9 },
-        ServerToVcpu::ChannelBroken {
+        ServerToBus::GpadlReleased { gpadl: 0xE1E10 },
+        ServerToBus::Quiesced { token: 9 },
+        ServerToBus::ChannelBroken {
             channel: 5,
             open_epoch: 3,
             why: "index".to_owned(),
@@ -101,7 +101,7 @@ fn supervisor_to_server() -> Vec<SupervisorToServer> {
             name: "disk0".to_owned(),
             config: "{}".to_owned(),
             log: "info".to_owned(),
-            fds: vec!["vcpu".to_owned(), "journal".to_owned()],
+            fds: vec!["bus".to_owned(), "journal".to_owned()],
         },
         SupervisorToServer::Stop,
         SupervisorToServer::Ping { token: 1 },
@@ -134,23 +134,67 @@ fn supervisor_to_vcpu() -> Vec<SupervisorToVcpu> {
             config,
             fds: vec!["kvm".to_owned()],
         },
-        SupervisorToVcpu::AddDevice {
+        SupervisorToVcpu::Run,
+        SupervisorToVcpu::Quit,
+    ]
+}
+
+fn supervisor_to_bus() -> Vec<SupervisorToBus> {
+    vec![
+        SupervisorToBus::Start {
+            protocol: 1,
+            log: "info".to_owned(),
+        },
+        SupervisorToBus::AddDevice {
             device: 0,
             name: "disk0".to_owned(),
             interface: Guid::from_fields(1, 2, 3, [4; 8]),
             instance: Guid::ZERO,
             max_sub_channels: 3,
         },
-        SupervisorToVcpu::ServerAttached {
+        SupervisorToBus::ServerAttached {
             device: 0,
             generation: 2,
         },
-        SupervisorToVcpu::ServerGone {
+        SupervisorToBus::ServerGone {
             device: 0,
             generation: 1,
         },
-        SupervisorToVcpu::Run,
-        SupervisorToVcpu::Quit,
+        SupervisorToBus::Inspect,
+    ]
+}
+
+fn vcpu_to_bus() -> Vec<VcpuToBus> {
+    vec![
+        VcpuToBus::Machine {
+            protocol: 1,
+            ram: RamLayout::for_size(4 << 30),
+            vp_count: 4,
+        },
+        VcpuToBus::Post {
+            connection_id: 4,
+            message_type: 1,
+            payload: vec![14, 0, 0, 0],
+        },
+        VcpuToBus::Reset { token: 1 },
+    ]
+}
+
+fn bus_to_vcpu() -> Vec<BusToVcpu> {
+    let (channel, vp) = (5, 2);
+    vec![
+        BusToVcpu::Posted,
+        BusToVcpu::PostToGuest {
+            vp,
+            payload: vec![15, 0, 0, 0],
+        },
+        BusToVcpu::BindSignal { channel },
+        BusToVcpu::UnbindSignal { channel },
+        BusToVcpu::BindInterrupt { channel, vp },
+        BusToVcpu::RebindInterrupt { channel, vp },
+        BusToVcpu::UnbindInterrupt { channel },
+        BusToVcpu::RaiseInterrupt { channel, vp },
+        BusToVcpu::QuiesceDone { token: 9 },
     ]
 }
 
@@ -173,14 +217,14 @@ fn messages_have_these_bytes() {
         "06000000 8877665544332211",
         "07000000",
     ];
-    for (message, golden) in vcpu_to_server().iter().zip(golden) {
+    for (message, golden) in bus_to_server().iter().zip(golden) {
         assert_eq!(
             hex(&codec::encode(message).expect("encodes")),
             golden.replace(' ', ""),
             "{message:?}"
         );
     }
-    let broken = codec::encode(&server_to_vcpu()[5]).expect("encodes");
+    let broken = codec::encode(&server_to_bus()[5]).expect("encodes");
     assert_eq!(hex(&broken), "0500000005000000030000000500000000000000696e646578");
     for (number, message) in server_to_supervisor().iter().enumerate() {
         let bytes = codec::encode(message).expect("encodes");
@@ -228,19 +272,22 @@ fn damage<M: Message + Debug + PartialEq>(messages: &[M]) {
 
 #[test]
 fn every_prefix_and_every_damaged_byte_is_refused_or_means_something_else() {
-    damage(&vcpu_to_server());
-    damage(&server_to_vcpu());
+    damage(&bus_to_server());
+    damage(&server_to_bus());
     damage(&supervisor_to_server());
     damage(&server_to_supervisor());
     damage(&supervisor_to_vcpu());
+    damage(&supervisor_to_bus());
+    damage(&vcpu_to_bus());
+    damage(&bus_to_vcpu());
 }
 
 #[test]
 fn a_claimed_length_is_not_allocated() {
     // A GPADL with 2^60 pages in a message of 24 bytes: an allocation of that size would abort the process.
-    let mut bytes = codec::encode(&vcpu_to_server()[1]).expect("encodes");
+    let mut bytes = codec::encode(&bus_to_server()[1]).expect("encodes");
     bytes[12..20].copy_from_slice(&(1u64 << 60).to_le_bytes());
-    assert!(codec::decode::<VcpuToServer>(&bytes).is_err());
+    assert!(codec::decode::<BusToServer>(&bytes).is_err());
 }
 
 #[test]
@@ -249,7 +296,7 @@ fn a_message_longer_than_the_limit_is_not_encoded() {
         text: "x".repeat(MAX_MESSAGE_BYTES),
     };
     assert!(codec::encode(&message).is_err());
-    let largest_gpadl = VcpuToServer::Gpadl {
+    let largest_gpadl = BusToServer::Gpadl {
         channel: 1,
         gpadl: 1,
         pages: vec![0; 8190],
@@ -262,13 +309,16 @@ fn a_message_longer_than_the_limit_is_not_encoded() {
 proptest! {
     #[test]
     fn any_bytes_decode_to_an_error_or_to_what_encodes_back(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        if let Ok(message) = codec::decode::<VcpuToServer>(&bytes) {
+        if let Ok(message) = codec::decode::<BusToServer>(&bytes) {
             prop_assert_eq!(codec::encode(&message).expect("encodes"), bytes.clone());
         }
-        if let Ok(message) = codec::decode::<ServerToVcpu>(&bytes) {
+        if let Ok(message) = codec::decode::<ServerToBus>(&bytes) {
             prop_assert_eq!(codec::encode(&message).expect("encodes"), bytes.clone());
         }
         if let Ok(message) = codec::decode::<SupervisorToServer>(&bytes) {
+            prop_assert_eq!(codec::encode(&message).expect("encodes"), bytes.clone());
+        }
+        if let Ok(message) = codec::decode::<BusToVcpu>(&bytes) {
             prop_assert_eq!(codec::encode(&message).expect("encodes"), bytes);
         }
     }

@@ -1,4 +1,4 @@
-//! Plays `bulkhead-vcpu` and the guest's memory and channel management.
+//! Plays `bulkhead-bus` and the guest's memory and channel management.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -13,7 +13,7 @@ use super::channel::{ChannelCounters, GuestChannel};
 use super::{VscError, wait_until};
 use crate::channel::MAX_RELID;
 use crate::ipc::hello::{PROTOCOL, check_protocol};
-use crate::ipc::{PeerFault, ServerToVcpu, Socket, VcpuToServer};
+use crate::ipc::{BusToServer, PeerFault, ServerToBus, Socket};
 use crate::mem::{Access, Gpa, Gpn, GuestRam, HostError, PAGE_BYTES, RamLayout, SharedMap, sealed_memfd};
 use crate::ring::{RingReader, RingWriter, split_channel};
 
@@ -106,7 +106,7 @@ pub struct SyntheticGuest {
     /// A server that has said hello and waits until the one before is gone.
     waiting: Option<Socket>,
     /// What the server said and nobody asked for yet.
-    heard: VecDeque<ServerToVcpu>,
+    heard: VecDeque<ServerToBus>,
     sub_channels_offered: u16,
 }
 
@@ -191,8 +191,8 @@ impl SyntheticGuest {
     pub fn attach_waiting(&mut self, socket: OwnedFd, deadline: Instant) -> Result<u32, VscError> {
         let mut socket = Socket::new(socket);
         let generation = loop {
-            match socket.recv::<ServerToVcpu>()? {
-                Some((ServerToVcpu::Hello { protocol, generation }, _)) => {
+            match socket.recv::<ServerToBus>()? {
+                Some((ServerToBus::Hello { protocol, generation }, _)) => {
                     check_protocol(protocol)?;
                     break generation;
                 }
@@ -207,7 +207,7 @@ impl SyntheticGuest {
                 None => return Err(VscError::Deadline("the server's hello")),
             }
         };
-        let attach = VcpuToServer::Attach {
+        let attach = BusToServer::Attach {
             protocol: PROTOCOL,
             ram: self.ram.layout().clone(),
             vp_count: self.vp_count,
@@ -222,14 +222,14 @@ impl SyntheticGuest {
     pub fn promote(&mut self) -> Result<(), VscError> {
         self.server = Some(self.waiting.take().ok_or(VscError::Missing("waiting server"))?);
         self.heard.clear();
-        self.tell(&VcpuToServer::Serve)?;
+        self.tell(&BusToServer::Serve)?;
         let gpadls: Vec<u32> = self.gpadls.keys().copied().collect();
         gpadls.into_iter().try_for_each(|gpadl| self.tell_gpadl(gpadl))?;
         let channels: Vec<u32> = self.channels.keys().copied().collect();
         channels
             .into_iter()
             .try_for_each(|channel| self.tell_channel(channel, false))?;
-        self.tell(&VcpuToServer::HandedOver)
+        self.tell(&BusToServer::HandedOver)
     }
 
     /// The server's process is gone, and nothing of it touches memory any more.
@@ -238,7 +238,7 @@ impl SyntheticGuest {
         self.heard.clear();
     }
 
-    fn tell(&mut self, message: &VcpuToServer) -> Result<(), VscError> {
+    fn tell(&mut self, message: &BusToServer) -> Result<(), VscError> {
         match &mut self.server {
             Some(server) => Ok(server.send(message, &[])?),
             // The next one will be told the state that results.
@@ -254,7 +254,7 @@ impl SyntheticGuest {
             byte_offset,
         } = self.gpadls.get(&gpadl).ok_or(VscError::Missing("such GPADL"))?;
         let (channel, pages, byte_count, byte_offset) = (*channel, pages.clone(), *byte_count, *byte_offset);
-        self.tell(&VcpuToServer::Gpadl {
+        self.tell(&BusToServer::Gpadl {
             channel,
             gpadl,
             pages,
@@ -268,7 +268,7 @@ impl SyntheticGuest {
             .channels
             .get(&relid)
             .ok_or(VscError::Missing("such channel"))?;
-        let message = VcpuToServer::OpenChannel {
+        let message = BusToServer::OpenChannel {
             channel: relid,
             sub_index: channel.sub_index,
             open_epoch: channel.open_epoch,
@@ -316,9 +316,9 @@ impl SyntheticGuest {
 
     /// Tears a GPADL down and waits until the server has let go of it.
     pub fn teardown_gpadl(&mut self, gpadl: u32, deadline: Instant) -> Result<(), VscError> {
-        self.tell(&VcpuToServer::TeardownGpadl { gpadl })?;
+        self.tell(&BusToServer::TeardownGpadl { gpadl })?;
         self.expect("GpadlReleased", deadline, |message| {
-            *message == ServerToVcpu::GpadlReleased { gpadl }
+            *message == ServerToBus::GpadlReleased { gpadl }
         })?;
         self.gpadls.remove(&gpadl);
         Ok(())
@@ -427,11 +427,11 @@ impl SyntheticGuest {
         if channel.sub_index == 0 {
             self.sub_channels_offered = 0;
         }
-        self.tell(&VcpuToServer::CloseChannel {
+        self.tell(&BusToServer::CloseChannel {
             channel: relid,
             open_epoch,
         })?;
-        let closed = ServerToVcpu::ChannelClosed {
+        let closed = ServerToBus::ChannelClosed {
             channel: relid,
             open_epoch,
         };
@@ -442,7 +442,7 @@ impl SyntheticGuest {
     pub fn retarget(&mut self, channel: &GuestChannel, target_vp: u16) -> Result<(), VscError> {
         channel.target_vp.store(u32::from(target_vp), Ordering::Relaxed);
         let (channel, open_epoch) = (channel.relid, channel.open_epoch);
-        self.tell(&VcpuToServer::Retarget {
+        self.tell(&BusToServer::Retarget {
             channel,
             open_epoch,
             target_vp,
@@ -456,14 +456,14 @@ impl SyntheticGuest {
         self.channels.clear();
         self.gpadls.clear();
         self.sub_channels_offered = 0;
-        self.tell(&VcpuToServer::Quiesce { token })?;
+        self.tell(&BusToServer::Quiesce { token })?;
         self.expect("Quiesced", deadline, |message| {
-            *message == ServerToVcpu::Quiesced { token }
+            *message == ServerToBus::Quiesced { token }
         })
     }
 
-    /// Sends the server any message, as a broken `bulkhead-vcpu` might.
-    pub fn send_raw(&mut self, message: &VcpuToServer, fds: &[OwnedFd]) -> Result<(), VscError> {
+    /// Sends the server any message, as a broken `bulkhead-bus` might.
+    pub fn send_raw(&mut self, message: &BusToServer, fds: &[OwnedFd]) -> Result<(), VscError> {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let server = self.server.as_mut().ok_or(VscError::Missing("server"))?;
         Ok(server.send(message, &fds)?)
@@ -473,7 +473,7 @@ impl SyntheticGuest {
     pub fn wait_sub_channels(&mut self, deadline: Instant) -> Result<u16, VscError> {
         if self.sub_channels_offered == 0 {
             self.expect("OfferSubChannels", deadline, |message| {
-                matches!(message, ServerToVcpu::OfferSubChannels { .. })
+                matches!(message, ServerToBus::OfferSubChannels { .. })
             })?;
         }
         Ok(self.sub_channels_offered)
@@ -483,7 +483,7 @@ impl SyntheticGuest {
     pub fn wait_broken(&mut self, channel: &GuestChannel, deadline: Instant) -> Result<String, VscError> {
         let mut found = String::new();
         self.expect("ChannelBroken", deadline, |message| match message {
-            ServerToVcpu::ChannelBroken {
+            ServerToBus::ChannelBroken {
                 channel: relid, why, ..
             } if *relid == channel.relid => {
                 found.clone_from(why);
@@ -495,18 +495,18 @@ impl SyntheticGuest {
     }
 
     /// The next thing that the server said, if it said something.
-    pub fn next_message(&mut self) -> Result<Option<ServerToVcpu>, VscError> {
+    pub fn next_message(&mut self) -> Result<Option<ServerToBus>, VscError> {
         self.hear()?;
         Ok(self.heard.pop_front())
     }
 
     /// Waits for the message that `is_it` accepts; keeps the others. Without a server nothing is waited for: like
-    /// `bulkhead-vcpu`, the guest then gets its answer at once.
+    /// `bulkhead-bus`, the guest then gets its answer at once.
     fn expect(
         &mut self,
         what: &'static str,
         deadline: Instant,
-        mut is_it: impl FnMut(&ServerToVcpu) -> bool,
+        mut is_it: impl FnMut(&ServerToBus) -> bool,
     ) -> Result<(), VscError> {
         loop {
             self.hear()?;
@@ -526,8 +526,8 @@ impl SyntheticGuest {
             return Ok(());
         };
         server.flush()?;
-        while let Some((message, _)) = server.recv::<ServerToVcpu>()? {
-            if let ServerToVcpu::OfferSubChannels { count } = message {
+        while let Some((message, _)) = server.recv::<ServerToBus>()? {
+            if let ServerToBus::OfferSubChannels { count } = message {
                 self.sub_channels_offered = count;
             }
             self.heard.push_back(message);

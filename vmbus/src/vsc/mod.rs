@@ -3,12 +3,12 @@
 //! ```text
 //!   PlayedSupervisor ══ control socket ══╗
 //!                                        ▼
-//!   SyntheticGuest ══ "vcpu" socket ══ a real device server, usually a sandboxed process
+//!   SyntheticGuest ══ "bus" socket ══ a real device server, usually a sandboxed process
 //!     │  guest RAM, event flags (real sealed memfds)
 //!     └─ GuestChannel: rings, kick, interrupt (real shared memory and eventfds)
 //! ```
 //!
-//! [`SyntheticGuest`] plays `bulkhead-vcpu` (it owns RAM and event flags, keeps the list of what is open, and tells
+//! [`SyntheticGuest`] plays `bulkhead-bus` (it owns RAM and event flags, keeps the list of what is open, and tells
 //! it to each server that attaches) and the guest (it makes GPADLs and opens channels). [`GuestChannel`] is the VSC's
 //! end of one channel; it can be moved to a thread of its own. [`PlayedSupervisor`] starts a server and talks to it.
 //!

@@ -62,7 +62,7 @@ impl PlayedSupervisor {
         sealed_memfd("journal", journal::required_len())
     }
 
-    /// Sends `Start` with these descriptors; `vcpu` and `journal` are among them.
+    /// Sends `Start` with these descriptors; `bus` and `journal` are among them.
     pub fn start(&mut self, options: &StartOptions, fds: &[(&str, BorrowedFd<'_>)]) -> Result<(), VscError> {
         let StartOptions {
             generation,

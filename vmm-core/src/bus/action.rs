@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! What the control plane wants done, as data.
 //!
-//! [`super::Bus`] decides; the shell (`run.rs`) does. A list of actions is executed in order and as a whole: the
+//! [`super::Bus`] decides; the shell ([`crate::control_plane`]) does. A list of actions is executed in order and as a whole: the
 //! order is part of the protocol (a signal is bound before the guest is told that its channel is open; a server
 //! hears of a GPADL before it hears of the channel whose ring lies in it).
 //!
@@ -11,7 +11,7 @@
 
 use std::fmt;
 
-use vmbus::ipc::messages::VcpuToServer;
+use vmbus::ipc::messages::BusToServer;
 pub use vmbus::wire::ChannelId;
 use vmbus::wire::HostToGuest;
 
@@ -22,11 +22,6 @@ pub struct DeviceId(pub u32);
 /// Names a deadline that the shell keeps for the bus. Never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeadlineId(pub u64);
-
-/// The connection id that the guest passes to HvSignalEvent for a channel.
-pub fn connection_id(channel: ChannelId) -> u32 {
-    super::SIGNAL_CONNECTION_BASE.saturating_add(channel.0)
-}
 
 /// The result of HvPostMessage, for the guest's RAX (TLFS 6.0b appendix B, hypercall status codes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,11 +47,11 @@ impl PostStatus {
 pub enum Action {
     /// Queue a channel message for SINT 2 of a VP. `vp` is below the VP count.
     PostToGuest { vp: u16, message: HostToGuest },
-    /// Make a fresh kick eventfd for the channel and let HvSignalEvent on `connection_id` write it.
+    /// Make a fresh kick eventfd for the channel and let the guest's HvSignalEvent for it write it.
     /// The channel has no kick at this moment.
-    BindSignal { channel: ChannelId, connection_id: u32 },
+    BindSignal { channel: ChannelId },
     /// Drop the channel's kick: no signal reaches a server through it any more.
-    UnbindSignal { channel: ChannelId, connection_id: u32 },
+    UnbindSignal { channel: ChannelId },
     /// Make a fresh interrupt eventfd for the channel and let it raise SINT 2 of `vp`.
     BindInterrupt { channel: ChannelId, vp: u16 },
     /// From now on the channel's interrupt eventfd raises SINT 2 of `vp`, and no other.
@@ -69,7 +64,7 @@ pub enum Action {
     SendToServer {
         device: DeviceId,
         generation: u32,
-        message: VcpuToServer,
+        message: BusToServer,
     },
     /// Call [`super::Bus::on_deadline`] with `id` after `ms` milliseconds, unless cleared before.
     SetDeadline { id: DeadlineId, ms: u32 },

@@ -14,13 +14,11 @@
 
 use vmbus::wire::{InitiateContact, Version};
 
-/// Where a guest's messages may go: 1 is the port that VERSION_RESPONSE names (and that kernels before version 5.0
-/// use throughout), 4 the one for INITIATE_CONTACT from version 5.0 on. A kernel that was started by kexec uses 4
-/// again at any time. (Linux 6.1 include/linux/hyperv.h VMBUS_MESSAGE_CONNECTION_ID, _4.)
-pub const MESSAGE_CONNECTION_IDS: [u32; 2] = [MESSAGE_CONNECTION_ID, 4];
+use crate::hyperv::hypercall::MESSAGE_CONNECTIONS;
 
-/// The one that VERSION_RESPONSE names.
-pub const MESSAGE_CONNECTION_ID: u32 = 1;
+/// The port that VERSION_RESPONSE names (and that kernels before version 5.0 use throughout). Port 4 is the one for
+/// INITIATE_CONTACT from version 5.0 on; a kernel that was started by kexec uses it again at any time.
+pub const MESSAGE_CONNECTION_ID: u32 = MESSAGE_CONNECTIONS[0];
 
 /// The SINT of VMBus (Linux 6.1 include/linux/hyperv.h VMBUS_MESSAGE_SINT).
 pub const VMBUS_SINT: u8 = 2;

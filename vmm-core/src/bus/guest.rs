@@ -1,21 +1,21 @@
 #![forbid(unsafe_code)]
 //! What the guest's messages do. The one file of the control plane that handles values of the guest's choice.
 
-use vmbus::ipc::messages::VcpuToServer;
+use vmbus::ipc::messages::BusToServer;
 use vmbus::wire::{
     ConnectionId, GpadlBody, GpadlHeader, GpadlId, GuestToHost, HostToGuest, InitiateContact, Offer,
     OpenChannel, TlConnect, VersionResponse,
 };
 
-use super::action::{Action, ChannelId, DeviceId, LogLevel, PostStatus, connection_id};
+use super::action::{Action, ChannelId, DeviceId, LogLevel, PostStatus};
 use super::channels::{ChannelState, OpenClaim, OpenFault, Opening, Seen, Standing, check_open};
 use super::connection::{
-    AfterUnload, Answer, Connected, Connection, MESSAGE_CONNECTION_ID, MESSAGE_CONNECTION_IDS, OffersAsked,
-    Verdict, judge,
+    AfterUnload, Answer, Connected, Connection, MESSAGE_CONNECTION_ID, OffersAsked, Verdict, judge,
 };
 use super::gpadls::{GpadlClaim, GpadlFault, GpadlState, Progress};
 use super::servers::{Hold, WaitingFor};
 use super::{Bus, FIRST_OPEN_EPOCH};
+use crate::hyperv::hypercall::{MESSAGE_CONNECTIONS, signal_connection};
 
 /// Type of a hypervisor message that holds a channel message: Linux 6.1 drivers/hv/connection.c vmbus_post_msg posts
 /// with type 1 (TLFS 6.0b section 11.6 leaves types without bit 31 to the sender).
@@ -32,7 +32,7 @@ const STATUS_OK: u32 = 0;
 impl Bus {
     /// HvPostMessage. `payload` is a private copy of at most 240 bytes; any bytes are allowed.
     ///
-    /// The shell refuses the call with status 0x13 (insufficient buffers) itself while its queue of messages to
+    /// `bulkhead-vcpu` refuses the call with status 0x13 (insufficient buffers) itself while its queue of messages to
     /// the guest is long.
     pub fn on_post_message(
         &mut self,
@@ -40,7 +40,7 @@ impl Bus {
         message_type: u32,
         payload: &[u8],
     ) -> (PostStatus, Vec<Action>) {
-        if !MESSAGE_CONNECTION_IDS.contains(&connection) {
+        if !MESSAGE_CONNECTIONS.contains(&connection) {
             self.fault(
                 "message to an unknown port",
                 format_args!("connection id {connection:#x}"),
@@ -267,7 +267,7 @@ impl Bus {
             channel,
             monitor_allocated: false,
             dedicated_interrupt: true,
-            connection: ConnectionId(connection_id(channel)),
+            connection: ConnectionId(signal_connection(channel.0)),
         }));
     }
 
@@ -443,7 +443,7 @@ impl Bus {
         let Some(device) = self.channels.get(channel).map(|entry| entry.device) else {
             return;
         };
-        let message = VcpuToServer::TeardownGpadl { gpadl };
+        let message = BusToServer::TeardownGpadl { gpadl };
         let hold = self.ask_to_let_go(device, WaitingFor::GpadlReleased(gpadl), message);
         let deadline = match hold {
             Hold::Free => None,
@@ -512,10 +512,7 @@ impl Bus {
             }
         }
         self.next_epoch = self.next_epoch.checked_add(1).unwrap_or(FIRST_OPEN_EPOCH);
-        self.out.push(Action::BindSignal {
-            channel,
-            connection_id: connection_id(channel),
-        });
+        self.out.push(Action::BindSignal { channel });
         self.out.push(Action::BindInterrupt {
             channel,
             vp: target_vp,
@@ -551,7 +548,7 @@ impl Bus {
             ChannelState::Closed | ChannelState::Closing { reopen: None, .. } => return,
             ChannelState::Open(Opening { open_epoch, .. }) => {
                 self.unbind(channel);
-                let message = VcpuToServer::CloseChannel {
+                let message = BusToServer::CloseChannel {
                     channel: channel.0,
                     open_epoch,
                 };
@@ -590,10 +587,7 @@ impl Bus {
     }
 
     fn unbind(&mut self, channel: ChannelId) {
-        self.out.push(Action::UnbindSignal {
-            channel,
-            connection_id: connection_id(channel),
-        });
+        self.out.push(Action::UnbindSignal { channel });
         self.out.push(Action::UnbindInterrupt { channel });
     }
 
@@ -630,7 +624,7 @@ impl Bus {
         if seen != Seen::ByNone {
             self.send(
                 device,
-                VcpuToServer::Retarget {
+                BusToServer::Retarget {
                     channel: channel.0,
                     open_epoch,
                     target_vp: vp,

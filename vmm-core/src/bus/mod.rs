@@ -55,10 +55,6 @@ use offers::{Channels, Device, MAX_DEVICES, MAX_SUB_CHANNELS};
 use servers::{Server, Wait};
 use tally::Tally;
 
-/// The connection id of a channel is this plus its relid: a range that the hypercall page can check cheaply, away
-/// from the message ports.
-pub const SIGNAL_CONNECTION_BASE: u32 = 0x2000;
-
 /// Limit: what the SynIC's queue must be able to take beyond the mark at which it refuses messages of the guest:
 /// an offer for each device and the word that these were all.
 pub const MAX_POSTS_PER_MESSAGE: usize = MAX_DEVICES + 1;
@@ -144,13 +140,6 @@ impl Bus {
         Ok(self.take_actions())
     }
 
-    /// Looks up a channel by the connection id of a HvSignalEvent that took the slow path.
-    pub fn on_signal(&self, connection_id: u32) -> Option<ChannelId> {
-        let channel = ChannelId(connection_id.checked_sub(SIGNAL_CONNECTION_BASE)?);
-        self.channels.get(channel)?.opening()?;
-        Some(channel)
-    }
-
     /// Ends the connection for a reset of the VM, whose processors stand still. `QuiesceDone` with `token` follows,
     /// at once or when the last server has let go.
     pub fn reset(&mut self, token: u64) -> Vec<Action> {
@@ -160,10 +149,10 @@ impl Bus {
 
     /// Everything that is known, as `path = value` pairs.
     pub fn inspect(&self) -> Vec<(String, String)> {
-        let mut entries = vec![("bus.connection".to_owned(), self.describe_connection())];
+        let mut entries = vec![("connection".to_owned(), self.describe_connection())];
         let mut add = |path: String, value: String| entries.push((path, value));
         for (device, entry) in &self.devices {
-            let path = format!("bus.device.{device}");
+            let path = format!("device.{device}");
             add(format!("{path}.instance"), entry.offer.instance.to_string());
             add(format!("{path}.server"), format!("{:?}", entry.server));
             add(format!("{path}.waiting"), format!("{:?}", entry.waiting));
@@ -176,7 +165,7 @@ impl Bus {
             );
         }
         for (channel, entry) in self.channels.iter() {
-            let path = format!("bus.channel.{channel}");
+            let path = format!("channel.{channel}");
             add(
                 format!("{path}.device"),
                 format!("{} index {}", entry.device, entry.sub_index),
@@ -193,11 +182,11 @@ impl Bus {
             };
             add(format!("{path}.state"), state);
         }
-        add("bus.gpadls".to_owned(), self.gpadls.count().to_string());
-        add("bus.gpadl_pages".to_owned(), self.gpadls.page_count().to_string());
-        add("bus.waits".to_owned(), self.waits.len().to_string());
+        add("gpadls".to_owned(), self.gpadls.count().to_string());
+        add("gpadl_pages".to_owned(), self.gpadls.page_count().to_string());
+        add("waits".to_owned(), self.waits.len().to_string());
         for (what, count) in self.tally.counts() {
-            add(format!("bus.fault.{}", what.replace(' ', "_")), count.to_string());
+            add(format!("fault.{}", what.replace(' ', "_")), count.to_string());
         }
         entries
     }

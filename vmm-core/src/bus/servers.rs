@@ -19,7 +19,7 @@
 //! Each message carries the generation of its sender; one that is not the present one is dropped and counted.
 
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::messages::{ServerToVcpu, VcpuToServer};
+use vmbus::ipc::messages::{BusToServer, ServerToBus};
 
 use super::Bus;
 use super::action::{Action, ChannelId, DeadlineId, DeviceId, LogLevel};
@@ -155,7 +155,7 @@ impl Bus {
         &mut self,
         device: DeviceId,
         generation: u32,
-        message: ServerToVcpu,
+        message: ServerToBus,
     ) -> Vec<Action> {
         self.dispatch_server_message(device, generation, message);
         self.take_actions()
@@ -178,7 +178,7 @@ impl Bus {
 }
 
 impl Bus {
-    fn dispatch_server_message(&mut self, device: DeviceId, generation: u32, message: ServerToVcpu) {
+    fn dispatch_server_message(&mut self, device: DeviceId, generation: u32, message: ServerToBus) {
         let Some(entry) = self.devices.get(&device) else {
             self.fault("message from an unknown device", format_args!("device {device}"));
             return;
@@ -208,14 +208,12 @@ impl Bus {
         }
     }
 
-    fn on_message_at_work(&mut self, device: DeviceId, generation: u32, work: Work, message: ServerToVcpu) {
+    fn on_message_at_work(&mut self, device: DeviceId, generation: u32, work: Work, message: ServerToBus) {
         match (work, message) {
-            (_, ServerToVcpu::Hello { .. }) => {
+            (_, ServerToBus::Hello { .. }) => {
                 self.condemn(device, "said Hello twice".to_owned());
             }
-            (Work::Quiescing { token, deadline }, ServerToVcpu::Quiesced { token: said })
-                if said == token =>
-            {
+            (Work::Quiescing { token, deadline }, ServerToBus::Quiesced { token: said }) if said == token => {
                 self.clear_deadline(deadline);
                 self.set_server(
                     device,
@@ -226,29 +224,29 @@ impl Bus {
                 );
                 self.settle_unload();
             }
-            (_, ServerToVcpu::Quiesced { .. }) => {
+            (_, ServerToBus::Quiesced { .. }) => {
                 self.condemn(device, "said Quiesced unasked".to_owned());
             }
             // These crossed with the Quiesce: what they speak of is gone.
             (
                 Work::Quiescing { .. },
-                ServerToVcpu::OfferSubChannels { .. }
-                | ServerToVcpu::ChannelClosed { .. }
-                | ServerToVcpu::GpadlReleased { .. }
-                | ServerToVcpu::ChannelBroken { .. },
+                ServerToBus::OfferSubChannels { .. }
+                | ServerToBus::ChannelClosed { .. }
+                | ServerToBus::GpadlReleased { .. }
+                | ServerToBus::ChannelBroken { .. },
             ) => {}
-            (Work::Serving, ServerToVcpu::OfferSubChannels { count }) => {
+            (Work::Serving, ServerToBus::OfferSubChannels { count }) => {
                 self.on_offer_sub_channels(device, count);
             }
-            (Work::Serving, ServerToVcpu::ChannelClosed { channel, open_epoch }) => {
+            (Work::Serving, ServerToBus::ChannelClosed { channel, open_epoch }) => {
                 self.on_channel_closed(device, ChannelId(channel), open_epoch)
             }
-            (Work::Serving, ServerToVcpu::GpadlReleased { gpadl }) => {
+            (Work::Serving, ServerToBus::GpadlReleased { gpadl }) => {
                 self.on_gpadl_released(device, gpadl);
             }
             (
                 Work::Serving,
-                ServerToVcpu::ChannelBroken {
+                ServerToBus::ChannelBroken {
                     channel,
                     open_epoch,
                     why,
@@ -257,15 +255,15 @@ impl Bus {
         }
     }
 
-    fn on_first_message(&mut self, device: DeviceId, generation: u32, message: ServerToVcpu) {
+    fn on_first_message(&mut self, device: DeviceId, generation: u32, message: ServerToBus) {
         let why = match message {
-            ServerToVcpu::Hello { protocol, .. } if protocol != PROTOCOL => {
+            ServerToBus::Hello { protocol, .. } if protocol != PROTOCOL => {
                 format!("speaks protocol {protocol}, not {PROTOCOL}")
             }
-            ServerToVcpu::Hello { generation: said, .. } if said != generation => {
+            ServerToBus::Hello { generation: said, .. } if said != generation => {
                 format!("says it is generation {said}")
             }
-            ServerToVcpu::Hello { .. } => return self.attach(device, generation),
+            ServerToBus::Hello { .. } => return self.attach(device, generation),
             _ => "did not say Hello first".to_owned(),
         };
         self.drop_server(device, generation, "server misbehaves", why);
@@ -280,7 +278,7 @@ impl Bus {
             generation,
             work: Work::Serving,
         };
-        let attach = VcpuToServer::Attach {
+        let attach = BusToServer::Attach {
             protocol: PROTOCOL,
             ram: self.ram.clone(),
             vp_count: self.vp_count,
@@ -314,7 +312,7 @@ impl Bus {
         if present.and_then(|server| server.generation()) != Some(generation) {
             return;
         }
-        self.send(device, VcpuToServer::Serve);
+        self.send(device, BusToServer::Serve);
         let channels = self.channels.of_device(device);
         let gpadls: Vec<u32> = self
             .gpadls
@@ -328,7 +326,7 @@ impl Bus {
         for channel in channels {
             self.tell_open(device, channel);
         }
-        self.send(device, VcpuToServer::HandedOver);
+        self.send(device, BusToServer::HandedOver);
     }
 
     /// The server of this generation, present or waiting.
@@ -340,7 +338,7 @@ impl Bus {
     /// Tells the attached server of a complete GPADL.
     pub(super) fn tell_gpadl(&mut self, device: DeviceId, gpadl: u32) {
         if let Some(entry) = self.gpadls.get(gpadl) {
-            let message = VcpuToServer::Gpadl {
+            let message = BusToServer::Gpadl {
                 channel: entry.channel.0,
                 gpadl,
                 pages: entry.pages.clone(),
@@ -376,7 +374,7 @@ impl Bus {
             }
             Seen::ByServer | Seen::Broken => false,
         };
-        let message = VcpuToServer::OpenChannel {
+        let message = BusToServer::OpenChannel {
             channel: channel.0,
             sub_index: entry.sub_index,
             open_epoch,
@@ -400,7 +398,7 @@ impl Bus {
     }
 
     /// Sends, if a server is attached.
-    pub(super) fn send(&mut self, device: DeviceId, message: VcpuToServer) {
+    pub(super) fn send(&mut self, device: DeviceId, message: BusToServer) {
         let server = self.devices.get(&device).map(|entry| entry.server);
         if let Some(Server::Attached { generation, .. }) = server {
             self.out.push(Action::SendToServer {
@@ -416,7 +414,7 @@ impl Bus {
         &mut self,
         device: DeviceId,
         waiting_for: WaitingFor,
-        message: VcpuToServer,
+        message: BusToServer,
     ) -> Hold {
         match self.devices.get(&device).map(|entry| entry.server) {
             None | Some(Server::None | Server::Connected { .. }) => Hold::Free,
@@ -472,7 +470,7 @@ impl Bus {
         }
         let token = self.next_token;
         self.next_token = self.next_token.wrapping_add(1);
-        self.send(device, VcpuToServer::Quiesce { token });
+        self.send(device, BusToServer::Quiesce { token });
         let deadline = self.set_deadline(device, WaitingFor::Quiesced);
         self.set_server(
             device,

@@ -103,6 +103,7 @@ fn program_checks() -> Vec<Probe> {
     };
     let programs = [
         ("bulkhead-vcpu", State::Missing),
+        ("bulkhead-bus", State::Missing),
         ("bulkhead-block", State::Degraded),
         ("bulkhead-net", State::Degraded),
     ];

@@ -34,6 +34,18 @@ pub const MAX_PAYLOAD_BYTES: usize = 240;
 /// Bytes of a guest page.
 const PAGE_BYTES: u64 = 4096;
 
+/// The ports that take messages for VMBus: where the offers say, and where a guest that knows version 5.0 first asks.
+/// (Linux 6.1 include/linux/hyperv.h VMBUS_MESSAGE_CONNECTION_ID, _4.)
+pub const MESSAGE_CONNECTIONS: [u32; 2] = [1, 4];
+
+/// The connection id of a channel is this plus its relid: a range away from the message ports.
+pub const SIGNAL_CONNECTION_BASE: u32 = 0x2000;
+
+/// The connection id that the guest passes to HvSignalEvent for a channel (its relid).
+pub fn signal_connection(channel: u32) -> u32 {
+    SIGNAL_CONNECTION_BASE.saturating_add(channel)
+}
+
 /// What to do about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Call {

@@ -32,9 +32,21 @@ use super::hypercall::MAX_PAYLOAD_BYTES;
 /// include/asm-generic/hyperv-tlfs.h: types below 0x80000000 are the parent's; VMBus uses 1.
 pub const CHANNEL_MESSAGE: u32 = 1;
 
-/// Limit: messages that wait for one VM before the guest's posts are refused for lack of buffers. One post
-/// yields at most as many messages as there are offers, so what waits is bounded by this plus the offers.
+/// Limit: messages that wait for one VM before the guest's posts are refused for lack of buffers.
 pub const MAX_WAITING_MESSAGES: usize = 512;
+
+/// Limit: messages that wait for one VM at all. Each of the 64 posts that may be under way then may yield an offer for each
+/// of 256 devices, and each device may offer 63 sub-channels; a control plane that goes beyond has lost its mind.
+const QUEUED_MESSAGES_MAX: usize = 32 * 1024;
+
+/// A message that the control plane must not post.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadMessage {
+    #[error("bulkhead-bus posts a message of {0} bytes to the guest")]
+    TooLong(usize),
+    #[error("bulkhead-bus posts more than {QUEUED_MESSAGES_MAX} messages that the guest does not take")]
+    TooMany,
+}
 
 /// Offset of a SINT's slot or flag area in its page (TLFS 6.0b section 11.8.2).
 const SLOT_BYTES: u64 = 256;
@@ -95,19 +107,18 @@ impl MessageQueues {
         }
     }
 
-    /// Puts a message at the end of the VP's queue. Longer payloads than a slot holds are cut by nobody: they
-    /// are our own mistake.
-    ///
-    /// # Panics
-    /// If the payload is longer than [`MAX_PAYLOAD_BYTES`].
-    pub fn push(&mut self, vp: u16, payload: &[u8]) {
-        assert!(
-            payload.len() <= MAX_PAYLOAD_BYTES,
-            "messages are built from fixed-size types"
-        );
+    /// Puts a message at the end of the VP's queue.
+    pub fn push(&mut self, vp: u16, payload: &[u8]) -> Result<(), BadMessage> {
+        if payload.len() > MAX_PAYLOAD_BYTES {
+            return Err(BadMessage::TooLong(payload.len()));
+        }
+        if self.waiting() >= QUEUED_MESSAGES_MAX {
+            return Err(BadMessage::TooMany);
+        }
         if let Some(queue) = self.queues.get_mut(usize::from(vp)) {
             queue.messages.push_back(payload.to_vec());
         }
+        Ok(())
     }
 
     /// Messages that wait, of all VPs.
@@ -246,7 +257,7 @@ mod tests {
     fn a_message_lands_in_the_slot_of_sint_2_with_its_exact_size() {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(2);
-        queues.push(1, &[7; 16]);
+        queues.push(1, &[7; 16]).expect("room");
         assert_eq!(
             queues.pump(1, true, false, &pages),
             Pumped {
@@ -268,9 +279,9 @@ mod tests {
     fn a_full_slot_gets_the_pending_flag_and_keeps_its_message() {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(1);
-        queues.push(0, &[1; 8]);
+        queues.push(0, &[1; 8]).expect("room");
         queues.pump(0, true, false, &pages);
-        queues.push(0, &[2; 8]);
+        queues.push(0, &[2; 8]).expect("room");
         assert_eq!(queues.pump(0, true, false, &pages), Pumped::default());
         assert_eq!(pages.word(0x204), 8 | PENDING);
         assert_eq!(pages.bytes.borrow()[0x210], 1, "not overwritten");
@@ -289,9 +300,9 @@ mod tests {
     fn a_slot_freed_while_the_flag_is_set_is_not_waited_for() {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(1);
-        queues.push(0, &[1; 8]);
+        queues.push(0, &[1; 8]).expect("room");
         queues.pump(0, true, false, &pages);
-        queues.push(0, &[2; 8]);
+        queues.push(0, &[2; 8]).expect("room");
         *pages.free_before_second_load.borrow_mut() = true;
         assert!(queues.pump(0, true, false, &pages).delivered);
     }
@@ -301,7 +312,7 @@ mod tests {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(1);
         for _ in 0..2 {
-            queues.push(0, &[0; 12]);
+            queues.push(0, &[0; 12]).expect("room");
         }
         queues.pump(0, true, false, &pages);
         assert_eq!(pages.word(0x204), 12 | PENDING);
@@ -314,9 +325,9 @@ mod tests {
     fn a_stuck_slot_raises_its_vector_again_after_ten_looks_and_then_rarely() {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(1);
-        queues.push(0, &[0; 8]);
+        queues.push(0, &[0; 8]).expect("room");
         queues.pump(0, true, false, &pages);
-        queues.push(0, &[0; 8]);
+        queues.push(0, &[0; 8]).expect("room");
         let raises = (0..10)
             .filter(|_| queues.pump(0, true, true, &pages).raise)
             .count();
@@ -333,7 +344,7 @@ mod tests {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(2);
         assert_eq!(queues.pump(0, true, false, &pages), Pumped::default());
-        queues.push(0, &[0; 8]);
+        queues.push(0, &[0; 8]).expect("room");
         queues.pump(0, true, false, &pages);
         assert_eq!(queues.pump(1, true, false, &pages), Pumped::default());
     }
@@ -342,7 +353,7 @@ mod tests {
     fn a_vp_with_its_synic_off_loses_its_messages() {
         let pages = Pages::new();
         let mut queues = MessageQueues::new(1);
-        queues.push(0, &[0; 8]);
+        queues.push(0, &[0; 8]).expect("room");
         assert_eq!(queues.pump(0, false, false, &pages), Pumped::default());
         assert_eq!((queues.waiting(), queues.counters.dropped), (0, 1));
         assert_eq!(pages.word(0x200), 0);

@@ -1,7 +1,7 @@
 //! An eventfd, as KVM and our sockets both want it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,6 +37,14 @@ impl Event {
     /// For the 16550's interrupt line and the like.
     pub fn into_inner(self) -> EventFd {
         self.0
+    }
+}
+
+impl From<OwnedFd> for Event {
+    /// One that another process of ours has made, without blocking. If it is something else, KVM refuses it.
+    fn from(fd: OwnedFd) -> Self {
+        // SAFETY: the descriptor is open, and from here on only the result's.
+        Self(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
-use super::links::Source;
+use super::control::Source;
 use super::processor::Shared;
 use crate::pc::serial::Output;
 

@@ -18,20 +18,50 @@ use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
-use vmbus::ipc::{ExitCause, Message, OnReset, PeerFault, SupervisorToVcpu, VcpuToSupervisor};
+use vmbus::ipc::{ExitCause, OnReset, PeerFault, SupervisorToVcpu, VcpuToSupervisor};
 
 use super::console::{Input, Writer};
 use super::gate::Wanted;
-use super::links::Source;
 use super::power::Hardware;
 use super::processor::{self, Ending, Shared};
-use crate::bus::{DeviceId, DeviceOffer, FIRST_GENERATION};
 use crate::kvm::{Event, Kick, Vcpu};
 
 /// Events that one wake-up takes from the kernel.
 const EVENTS_PER_WAKE: usize = 16;
-/// Limit: messages of one server before others get their turn.
+/// Limit: messages of `bulkhead-bus` before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
+
+/// What woke the control thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    Supervisor,
+    Bus,
+    Timer,
+    /// vCPU threads have something to say.
+    Attention,
+    ConsoleInput,
+    /// The console's input queue has room again.
+    ConsoleRoom,
+}
+
+impl Source {
+    const ALL: [Source; 6] = [
+        Source::Supervisor,
+        Source::Bus,
+        Source::Timer,
+        Source::Attention,
+        Source::ConsoleInput,
+        Source::ConsoleRoom,
+    ];
+
+    pub fn token(self) -> u64 {
+        self as u64
+    }
+
+    pub fn from_token(token: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|source| source.token() == token)
+    }
+}
 
 enum State {
     Prepared(Vec<Vcpu>),
@@ -55,7 +85,6 @@ pub struct Control {
     state: State,
     paused: bool,
     resets: u32,
-    device_names: Vec<(DeviceId, String)>,
 }
 
 /// What [`Control`] is made of.
@@ -103,7 +132,6 @@ impl Control {
             state: State::Prepared(vcpus),
             paused: false,
             resets: 0,
-            device_names: Vec::new(),
         })
     }
 
@@ -129,10 +157,7 @@ impl Control {
             }
         };
         self.stop_processors();
-        self.shared
-            .machine()
-            .links
-            .report(&VcpuToSupervisor::Exited { cause: cause.clone() });
+        self.report(&VcpuToSupervisor::Exited { cause: cause.clone() });
         self.writer.finish();
         cause
     }
@@ -140,13 +165,8 @@ impl Control {
     fn on_event(&mut self, source: Source) -> Option<ExitCause> {
         match source {
             Source::Supervisor => return self.on_supervisor(),
-            Source::Timer => {
-                let mut machine = self.shared.machine();
-                match machine.timers.take_due() {
-                    Ok(due) => due.into_iter().for_each(|alarm| machine.on_alarm(alarm)),
-                    Err(error) => machine.fail(&format!("cannot read the timer: {error}")),
-                }
-            }
+            Source::Bus => self.shared.machine().on_bus(MESSAGES_PER_TURN),
+            Source::Timer => self.shared.machine().on_slot_timer(),
             Source::Attention => {
                 self.shared.attention.drain();
             }
@@ -155,7 +175,6 @@ impl Control {
                 self.console_room.drain();
                 self.input.on_room(&self.epoll);
             }
-            Source::Server(device, generation) => self.on_server(device, generation),
         }
         self.advance()
     }
@@ -187,9 +206,7 @@ impl Control {
                     }
                     let token = u64::from(self.resets);
                     self.state = State::Quiescing { token };
-                    let mut machine = self.shared.machine();
-                    let actions = machine.bus.reset(token);
-                    machine.execute(actions);
+                    self.shared.machine().reset_bus(token);
                 }
             }
         }
@@ -258,32 +275,12 @@ impl Control {
         Ok(())
     }
 
-    fn on_server(&mut self, device: DeviceId, generation: u32) {
-        let mut machine = self.shared.machine();
-        for _ in 0..MESSAGES_PER_TURN {
-            match machine.links.receive_from(device, generation) {
-                Ok(Some(message)) => {
-                    tracing::debug!(device = device.0, generation, "{}", message.name());
-                    let actions = machine.bus.on_server_message(device, generation, message);
-                    machine.execute(actions);
-                }
-                Err(fault) => {
-                    machine.links.disconnect(device, generation);
-                    let actions = machine.bus.server_lost(device, generation, &fault.to_string());
-                    machine.execute(actions);
-                    break;
-                }
-                Ok(None) => break,
-            }
-        }
-    }
-
     fn on_supervisor(&mut self) -> Option<ExitCause> {
         loop {
-            let received = self.shared.machine().links.receive();
+            let received = self.shared.machine().supervisor.receive();
             match received {
-                Ok(Some((message, fds))) => {
-                    if let Some(cause) = self.on_message(message, fds) {
+                Ok(Some((message, _))) => {
+                    if let Some(cause) = self.on_message(message) {
                         return Some(cause);
                     }
                 }
@@ -299,37 +296,12 @@ impl Control {
         }
     }
 
-    fn on_message(&mut self, message: SupervisorToVcpu, fds: Vec<std::os::fd::OwnedFd>) -> Option<ExitCause> {
-        let mut fds = fds.into_iter();
+    fn on_message(&mut self, message: SupervisorToVcpu) -> Option<ExitCause> {
         match message {
             SupervisorToVcpu::Start { .. } => {
                 return Some(ExitCause::Fault {
                     message: "the supervisor said Start twice".to_owned(),
                 });
-            }
-            SupervisorToVcpu::AddDevice {
-                device,
-                name,
-                interface,
-                instance,
-                max_sub_channels,
-            } => {
-                let offer = DeviceOffer {
-                    interface,
-                    instance,
-                    max_sub_channels,
-                };
-                self.add_device(DeviceId(device), name, offer, fds.next());
-            }
-            SupervisorToVcpu::ServerAttached { device, generation } => {
-                self.connect(DeviceId(device), generation, fds.next());
-            }
-            SupervisorToVcpu::ServerGone { device, generation } => {
-                let mut machine = self.shared.machine();
-                let device = DeviceId(device);
-                machine.links.disconnect(device, generation);
-                let actions = machine.bus.server_gone(device, generation);
-                machine.execute(actions);
             }
             SupervisorToVcpu::Run => {
                 if let State::Prepared(vcpus) = &mut self.state {
@@ -351,38 +323,6 @@ impl Control {
         None
     }
 
-    fn add_device(
-        &mut self,
-        device: DeviceId,
-        name: String,
-        offer: DeviceOffer,
-        socket: Option<std::os::fd::OwnedFd>,
-    ) {
-        let mut machine = self.shared.machine();
-        match machine.bus.add_device(device, offer) {
-            Ok(actions) => {
-                machine.execute(actions);
-                drop(machine);
-                self.device_names.push((device, name));
-                self.connect(device, FIRST_GENERATION, socket);
-            }
-            Err(error) => machine.fail(&format!("cannot add the device {name}: {error}")),
-        }
-    }
-
-    fn connect(&mut self, device: DeviceId, generation: u32, socket: Option<std::os::fd::OwnedFd>) {
-        // The codec has checked that the descriptor is there.
-        let Some(socket) = socket else { return };
-        let mut machine = self.shared.machine();
-        match machine.links.connect(device, generation, socket) {
-            Ok(()) => {
-                let actions = machine.bus.server_attached(device, generation);
-                machine.execute(actions);
-            }
-            Err(error) => machine.fail(&format!("cannot watch the socket of a server: {error}")),
-        }
-    }
-
     fn set_paused(&mut self, paused: bool) {
         self.paused = paused;
         if matches!(self.state, State::Running) {
@@ -394,7 +334,7 @@ impl Control {
     }
 
     fn report(&self, message: &VcpuToSupervisor) {
-        self.shared.machine().links.report(message);
+        self.shared.machine().report(message);
     }
 
     fn inspect(&self) -> Vec<(String, String)> {
@@ -421,9 +361,6 @@ impl Control {
             for (kind, count) in counters.iter() {
                 entries.push((format!("vcpu.{index}.exits.{kind}"), count.to_string()));
             }
-        }
-        for (device, name) in &self.device_names {
-            entries.push((format!("device.{}.name", device.0), name.clone()));
         }
         entries.extend(self.shared.machine().inspect());
         entries

@@ -1,36 +1,40 @@
 #![forbid(unsafe_code)]
-//! What vCPU threads and the control thread share: the partition, the bus, and everything the bus acts on.
+//! What vCPU threads and the control thread share: the partition, the channels' eventfds, the links, and how they meet.
 //!
-//! One lock around all of it. It is taken for an MSR access, a slow hypercall, a message of a server and a timer:
+//! One lock around all of it. It is taken for an MSR access, a slow hypercall, a message of `bulkhead-bus` and a timer:
 //! control path, none of it per request. Nobody waits for a socket or a process while holding it.
 
-use std::collections::VecDeque;
-use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
-use vmbus::ipc::{VcpuToServer, VcpuToSupervisor};
+use vmbus::ipc::{BusToVcpu, PeerFault, VcpuToBus, VcpuToSupervisor};
 
-use super::links::Links;
-use super::partition::{Pages, Partition};
+use super::partition::Partition;
 use super::signals::Signals;
-use super::timers::{Alarm, Timers};
-use crate::bus::{Action, Bus, DeviceId, LogLevel};
-use crate::hyperv::hypercall::{self, Call, PostMessage, SignalEvent, Status};
+use super::slot_timer::SlotTimer;
+use crate::child::Link;
+use crate::hyperv::hypercall::{
+    self, Call, MESSAGE_CONNECTIONS, PostMessage, SIGNAL_CONNECTION_BASE, SignalEvent, Status,
+};
 use crate::hyperv::msr::GeneralProtection;
 use crate::kvm::{CallRegisters, Event, GuestMapping, KvmError};
+
+/// Limit: messages of the guest that `bulkhead-bus` has not dealt with. More are refused for lack of buffers, and Linux
+/// posts them again after a while. A GPADL of 8 MiB takes 75 messages.
+pub(super) const MAX_POSTS_UNDER_WAY: usize = 64;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Machine {
     pub partition: Partition,
-    pub bus: Bus,
-    pub links: Links,
-    pub timers: Timers,
+    pub supervisor: Link,
+    /// `None`: it is gone, and the supervisor ends the VM.
+    bus: Option<Link>,
+    pub slot_timer: SlotTimer,
+    posts_under_way: usize,
     signals: Signals,
     memory: Arc<GuestMapping>,
-    pages: Arc<Pages>,
     /// The reset token that the servers have last let go for.
     pub quiesced: Option<u64>,
     /// The host refused something that the VM cannot do without.
@@ -41,26 +45,29 @@ pub struct Machine {
 impl Machine {
     pub fn new(
         partition: Partition,
-        bus: Bus,
-        links: Links,
-        timers: Timers,
+        (supervisor, bus): (Link, Link),
+        slot_timer: SlotTimer,
         memory: Arc<GuestMapping>,
-        pages: Arc<Pages>,
         attention: Event,
     ) -> Self {
-        let signals = Signals::default();
-        let (quiesced, failure) = (None, None);
         Self {
             partition,
-            bus,
-            links,
-            timers,
-            signals,
+            supervisor,
+            bus: Some(bus),
+            slot_timer,
+            posts_under_way: 0,
+            signals: Signals::default(),
             memory,
-            pages,
-            quiesced,
-            failure,
+            quiesced: None,
+            failure: None,
             attention,
+        }
+    }
+
+    /// Tells the supervisor. If it is gone the control thread notices, and ends the VM.
+    pub fn report(&mut self, message: &VcpuToSupervisor) {
+        if let Err(error) = self.supervisor.send(message, &[]) {
+            tracing::debug!("report to the supervisor: {error}");
         }
     }
 
@@ -74,8 +81,7 @@ impl Machine {
         match self.partition.write_msr(vp, msr, value)? {
             Ok(Some(crash)) => {
                 let (parameters, text) = (crash.parameters, crash.text);
-                self.links
-                    .report(&VcpuToSupervisor::GuestCrash { parameters, text });
+                self.report(&VcpuToSupervisor::GuestCrash { parameters, text });
             }
             Ok(None) => {}
             Err(error) => self.fail(&error),
@@ -115,38 +121,45 @@ impl Machine {
     /// HvSignalEvent that matched no ioeventfd: the channel is closed, or its eventfd is being exchanged, or it has
     /// none.
     pub fn signal(&mut self, connection_id: u32) -> Status {
-        match self.bus.on_signal(connection_id) {
-            Some(channel) => {
-                self.signals.kick(channel.0);
-                Status::Success
-            }
-            None => Status::InvalidConnectionId,
+        match connection_id.checked_sub(SIGNAL_CONNECTION_BASE) {
+            Some(channel) if self.signals.kick(channel) => Status::Success,
+            _ => Status::InvalidConnectionId,
         }
     }
 
-    /// An alarm has gone off.
-    pub fn on_alarm(&mut self, alarm: Alarm) {
-        match alarm {
-            Alarm::Bus(id) => {
-                let actions = self.bus.on_deadline(id);
-                self.execute(actions);
-            }
-            Alarm::Slots => {
-                if let Err(error) = self.partition.pump_all(true) {
-                    self.fail(&error);
+    /// Looks again at message slots that were full.
+    pub fn on_slot_timer(&mut self) {
+        if let Err(error) = self.slot_timer.take() {
+            self.fail(&format!("cannot read the timer: {error}"));
+        }
+        if let Err(error) = self.partition.pump_all(true) {
+            self.fail(&error);
+        }
+        self.schedule_slots();
+    }
+
+    /// The servers are to let go of the guest's memory.
+    pub fn reset_bus(&mut self, token: u64) {
+        self.tell_bus(&VcpuToBus::Reset { token });
+    }
+
+    /// Does what `bulkhead-bus` says, at most `count` times.
+    pub fn on_bus(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(bus) = &mut self.bus else { return };
+            match bus.receive() {
+                Ok(Some((message, fds))) => {
+                    if let Err(error) = self.act(message, fds.into_iter().next()) {
+                        self.fail(&error);
+                    }
                 }
-                self.schedule_slots();
-            }
-        }
-    }
-
-    /// Does what the bus decided, in order; what follows from a failure comes at the end.
-    pub fn execute(&mut self, actions: Vec<Action>) {
-        let mut queue = VecDeque::from(actions);
-        while let Some(action) = queue.pop_front() {
-            match self.act(action) {
-                Ok(more) => queue.extend(more),
-                Err(error) => self.fail(&error),
+                Ok(None) => break,
+                // The guest runs on until the supervisor, which knows why, ends it.
+                Err(PeerFault::Eof | PeerFault::Send(_)) => self.bus = None,
+                Err(fault) => {
+                    self.fail(&format!("bulkhead-bus: {fault}"));
+                    self.bus = None;
+                }
             }
         }
         self.schedule_slots();
@@ -162,119 +175,58 @@ impl Machine {
     pub fn inspect(&self) -> Vec<(String, String)> {
         let mut entries = self.partition.inspect();
         entries.push(("signals.channels".to_owned(), self.signals.len().to_string()));
-        entries.extend(self.bus.inspect());
         entries
     }
 
-    fn act(&mut self, action: Action) -> Result<Vec<Action>, KvmError> {
+    /// Believes nothing but the order: `fd` is there if the message has one, and is used as an eventfd only.
+    fn act(&mut self, message: BusToVcpu, fd: Option<OwnedFd>) -> anyhow::Result<()> {
         let vm = &self.partition.vm;
-        match action {
-            Action::PostToGuest { vp, message } => {
-                self.partition.post_to_guest(vp, message.emit().as_bytes())?;
+        match (message, fd) {
+            (BusToVcpu::Posted, _) => self.posts_under_way = self.posts_under_way.saturating_sub(1),
+            (BusToVcpu::PostToGuest { vp, payload }, _) => self.partition.post_to_guest(vp, &payload)?,
+            (BusToVcpu::BindSignal { channel }, Some(fd)) => self.signals.bind_kick(vm, channel, fd)?,
+            (BusToVcpu::UnbindSignal { channel }, _) => self.signals.unbind_kick(vm, channel),
+            (BusToVcpu::BindInterrupt { channel, vp }, Some(fd)) => {
+                self.partition.check_vp(vp)?;
+                self.signals.bind_interrupt(vm, channel, vp, fd)?;
             }
-            Action::BindSignal {
-                channel,
-                connection_id,
-            } => {
-                self.signals.bind_kick(vm, channel.0, connection_id)?;
+            (BusToVcpu::RebindInterrupt { channel, vp }, _) => {
+                self.partition.check_vp(vp)?;
+                self.signals.rebind_interrupt(vm, channel, vp)?;
             }
-            Action::UnbindSignal { channel, .. } => self.signals.unbind_kick(vm, channel.0),
-            Action::BindInterrupt { channel, vp } => self.signals.bind_interrupt(vm, channel.0, vp)?,
-            Action::RebindInterrupt { channel, vp } => self.signals.rebind_interrupt(vm, channel.0, vp)?,
-            Action::UnbindInterrupt { channel } => self.signals.unbind_interrupt(vm, channel.0),
-            Action::RaiseInterrupt { channel, vp } => self.partition.raise_event(vp, channel.0)?,
-            Action::SendToServer {
-                device,
-                generation,
-                message,
-            } => return Ok(self.send(device, generation, &message)),
-            Action::SetDeadline { id, ms } => {
-                let after = Duration::from_millis(u64::from(ms));
-                self.timers.set(Alarm::Bus(id), after).map_err(timer_error)?;
-            }
-            Action::ClearDeadline { id } => self.timers.clear(Alarm::Bus(id)).map_err(timer_error)?,
-            Action::ReportSlow {
-                device,
-                generation,
-                waiting_for,
-            } => {
-                let device = device.0;
-                self.links.report(&VcpuToSupervisor::ServerSlow {
-                    device,
-                    generation,
-                    waiting_for,
-                });
-            }
-            Action::Misbehaves {
-                device,
-                generation,
-                why,
-            } => {
-                self.links.disconnect(device, generation);
-                let device = device.0;
-                self.links.report(&VcpuToSupervisor::ServerMisbehaves {
-                    device,
-                    generation,
-                    why,
-                });
-            }
-            Action::QuiesceDone { token } => {
+            (BusToVcpu::UnbindInterrupt { channel }, _) => self.signals.unbind_interrupt(vm, channel),
+            (BusToVcpu::RaiseInterrupt { channel, vp }, _) => self.partition.raise_event(vp, channel)?,
+            (BusToVcpu::QuiesceDone { token }, _) => {
                 self.quiesced = Some(token);
                 self.attention.signal();
             }
-            Action::Log {
-                level: LogLevel::Warn,
-                text,
-            } => tracing::warn!("{text}"),
-            Action::Log {
-                level: LogLevel::Info,
-                text,
-            } => tracing::info!("{text}"),
-            Action::Log {
-                level: LogLevel::Debug,
-                text,
-            } => tracing::debug!("{text}"),
+            // The codec has checked that it is there.
+            (BusToVcpu::BindSignal { .. } | BusToVcpu::BindInterrupt { .. }, None) => {}
         }
-        Ok(Vec::new())
-    }
-
-    fn send(&mut self, device: DeviceId, generation: u32, message: &VcpuToServer) -> Vec<Action> {
-        let channel_fds;
-        let ram_fds: [BorrowedFd<'_>; 2];
-        let fds: &[BorrowedFd<'_>] = match message {
-            VcpuToServer::Attach { .. } => {
-                ram_fds = [self.memory.fd(), self.pages.siefp_fd()];
-                &ram_fds
-            }
-            VcpuToServer::OpenChannel { channel, .. } => match self.signals.descriptors(*channel) {
-                Some(descriptors) => {
-                    channel_fds = descriptors;
-                    &channel_fds
-                }
-                None => &[],
-            },
-            _ => &[],
-        };
-        match self.links.send(device, generation, message, fds) {
-            Ok(()) => Vec::new(),
-            Err(error) => {
-                self.links.disconnect(device, generation);
-                self.bus.server_lost(device, generation, &error.to_string())
-            }
-        }
+        Ok(())
     }
 
     fn post(&mut self, message: &PostMessage) -> Status {
-        if self.partition.is_full() {
+        if !MESSAGE_CONNECTIONS.contains(&message.connection_id) {
+            return Status::InvalidConnectionId;
+        }
+        if self.partition.is_full() || self.posts_under_way >= MAX_POSTS_UNDER_WAY {
             return Status::InsufficientBuffers;
         }
-        let (status, actions) =
-            self.bus
-                .on_post_message(message.connection_id, message.message_type, message.payload());
-        self.execute(actions);
-        match status {
-            crate::bus::PostStatus::Success => Status::Success,
-            crate::bus::PostStatus::InvalidConnectionId => Status::InvalidConnectionId,
+        self.posts_under_way += 1;
+        self.tell_bus(&VcpuToBus::Post {
+            connection_id: message.connection_id,
+            message_type: message.message_type,
+            payload: message.payload().to_vec(),
+        });
+        Status::Success
+    }
+
+    fn tell_bus(&mut self, message: &VcpuToBus) {
+        if let Some(bus) = &mut self.bus
+            && let Err(error) = bus.send(message, &[])
+        {
+            tracing::debug!("message to bulkhead-bus: {error}");
         }
     }
 
@@ -287,16 +239,8 @@ impl Machine {
     }
 
     fn schedule_slots(&mut self) {
-        let result = match self.partition.retry_delay_ms() {
-            Some(ms) => self.timers.ensure(Alarm::Slots, Duration::from_millis(ms)),
-            None => self.timers.clear(Alarm::Slots),
-        };
-        if let Err(error) = result {
-            self.fail(&timer_error(error));
+        if let Err(error) = self.slot_timer.want(self.partition.retry_delay_ms()) {
+            self.fail(&KvmError::host("set a timer", error));
         }
     }
-}
-
-fn timer_error(error: std::io::Error) -> KvmError {
-    KvmError::host("set a timer", error)
 }

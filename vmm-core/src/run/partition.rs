@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use anyhow::ensure;
 use vm_memory::{Bytes, GuestAddress};
 use vmbus::mem::{Access, HostError, SharedMap, sealed_memfd};
 
@@ -180,10 +181,20 @@ impl Partition {
             .try_fold(None, |crash, effect| Ok(self.apply(effect)?.or(crash))))
     }
 
+    /// Whether there is such a VP.
+    pub fn check_vp(&self, vp: u16) -> anyhow::Result<()> {
+        ensure!(
+            vp < self.vp_count,
+            "bulkhead-bus names VP {vp}, which is not there"
+        );
+        Ok(())
+    }
+
     /// Queues a channel message for a VP and delivers it if its slot is free.
-    pub fn post_to_guest(&mut self, vp: u16, payload: &[u8]) -> Result<(), KvmError> {
-        self.queues.push(vp, payload);
-        self.pump(vp, false)
+    pub fn post_to_guest(&mut self, vp: u16, payload: &[u8]) -> anyhow::Result<()> {
+        self.check_vp(vp)?;
+        self.queues.push(vp, payload)?;
+        Ok(self.pump(vp, false)?)
     }
 
     /// Whether the guest must wait before it posts more.
@@ -202,9 +213,10 @@ impl Partition {
     }
 
     /// Sets a channel's event flag on a VP and raises SINT 2 there.
-    pub fn raise_event(&self, vp: u16, flag: u32) -> Result<(), KvmError> {
+    pub fn raise_event(&self, vp: u16, flag: u32) -> anyhow::Result<()> {
+        self.check_vp(vp)?;
         self.pages.set_event_flag(vp, flag);
-        self.raise(vp)
+        Ok(self.raise(vp)?)
     }
 
     /// Takes every overlay away, so that RAM can be used for something else. No vCPU runs.

@@ -1,52 +1,58 @@
 #![forbid(unsafe_code)]
 //! The eventfds of each open channel: the kick (guest to server) and the interrupt (server to guest).
 //!
-//! Both are made when the channel is opened and outlive the servers that hold duplicates of them, so that a kick
-//! that came while no server was there is still in the counter. When the channel is closed our handles go, and with
-//! them what KVM does on a write: a server that is gone, or slow, holds eventfds that nobody listens to.
+//! Both are made by `bulkhead-bus` when the channel is opened and outlive the servers that hold duplicates of them, so
+//! that a kick that came while no server was there is still in the counter. When the channel is closed our handles go,
+//! and with them what KVM does on a write: a server that is gone, or slow, holds eventfds that nobody listens to.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::OwnedFd;
 
+use crate::hyperv::hypercall::signal_connection;
 use crate::kvm::{Event, KvmError, Vm};
+
+/// Limit: as many channels as there are event flags on a VP (TLFS 6.0b section 11.9).
+const MAX_CHANNELS: usize = 2048;
 
 #[derive(Debug, Default)]
 struct Channel {
-    kick: Option<(Event, u32)>,
+    kick: Option<Event>,
     interrupt: Option<(Event, u16)>,
 }
 
-/// Eventfds by channel. Bounded by the number of channels that the bus allows.
+/// Eventfds by channel.
 #[derive(Debug, Default)]
 pub struct Signals {
     channels: BTreeMap<u32, Channel>,
 }
 
 impl Signals {
-    /// Makes the channel's kick and lets the guest's signal of `connection_id` write it.
-    pub fn bind_kick(&mut self, vm: &Vm, channel: u32, connection_id: u32) -> Result<(), KvmError> {
-        let event = new_event()?;
+    /// Lets the guest's signal of the channel write its kick.
+    pub fn bind_kick(&mut self, vm: &Vm, channel: u32, kick: OwnedFd) -> Result<(), KvmError> {
+        self.unbind_kick(vm, channel);
+        let event = Event::from(kick);
         // Without the eventfd in the kernel the signal comes as an exit, and `kick` does it.
-        if let Err(error) = vm.bind_signal(&event, connection_id) {
+        if let Err(error) = vm.bind_signal(&event, signal_connection(channel)) {
             tracing::warn!(channel, "signals of the channel take the slow path: {error}");
         }
-        self.channels.entry(channel).or_default().kick = Some((event, connection_id));
+        self.make_entry(channel)?.kick = Some(event);
         Ok(())
     }
 
     /// Drops the channel's kick.
     pub fn unbind_kick(&mut self, vm: &Vm, channel: u32) {
-        if let Some((event, connection_id)) = self.entry(channel, |entry| entry.kick.take()) {
+        if let Some(event) = self.take(channel, |entry| entry.kick.take()) {
             // It was not bound if `bind_kick` said so.
-            vm.unbind_signal(&event, connection_id).ok();
+            vm.unbind_signal(&event, signal_connection(channel)).ok();
         }
     }
 
-    /// Makes the channel's interrupt and lets it raise SINT 2 of `vp`.
-    pub fn bind_interrupt(&mut self, vm: &Vm, channel: u32, vp: u16) -> Result<(), KvmError> {
-        let event = new_event()?;
+    /// Lets the channel's interrupt raise SINT 2 of `vp`.
+    pub fn bind_interrupt(&mut self, vm: &Vm, channel: u32, vp: u16, fd: OwnedFd) -> Result<(), KvmError> {
+        self.unbind_interrupt(vm, channel);
+        let event = Event::from(fd);
         vm.bind_vp_interrupt(&event, vp)?;
-        self.channels.entry(channel).or_default().interrupt = Some((event, vp));
+        self.make_entry(channel)?.interrupt = Some((event, vp));
         Ok(())
     }
 
@@ -66,26 +72,16 @@ impl Signals {
 
     /// Drops the channel's interrupt.
     pub fn unbind_interrupt(&mut self, vm: &Vm, channel: u32) {
-        if let Some((event, vp)) = self.entry(channel, |entry| entry.interrupt.take()) {
+        if let Some((event, vp)) = self.take(channel, |entry| entry.interrupt.take()) {
             // Bound by `bind_interrupt`; a failure leaves an irqfd that goes when its last holder does.
             vm.unbind_vp_interrupt(&event, vp).ok();
         }
     }
 
-    /// Kicks the channel's server: the guest's signal took the slow path.
-    pub fn kick(&self, channel: u32) {
-        if let Some((event, _)) = self.channels.get(&channel).and_then(|entry| entry.kick.as_ref()) {
-            event.signal();
-        }
-    }
-
-    /// Kick and interrupt of an open channel.
-    pub fn descriptors(&self, channel: u32) -> Option<[BorrowedFd<'_>; 2]> {
-        let entry = self.channels.get(&channel)?;
-        Some([
-            entry.kick.as_ref()?.0.as_fd(),
-            entry.interrupt.as_ref()?.0.as_fd(),
-        ])
+    /// Kicks the channel's server: the guest's signal took the slow path. False: there is no such channel.
+    pub fn kick(&self, channel: u32) -> bool {
+        let kick = self.channels.get(&channel).and_then(|entry| entry.kick.as_ref());
+        kick.inspect(|event| event.signal()).is_some()
     }
 
     /// Channels with eventfds.
@@ -93,7 +89,17 @@ impl Signals {
         self.channels.len()
     }
 
-    fn entry<T>(&mut self, channel: u32, take: impl FnOnce(&mut Channel) -> Option<T>) -> Option<T> {
+    fn make_entry(&mut self, channel: u32) -> Result<&mut Channel, KvmError> {
+        if self.channels.len() >= MAX_CHANNELS && !self.channels.contains_key(&channel) {
+            return Err(KvmError::host(
+                "bind a channel",
+                std::io::ErrorKind::QuotaExceeded.into(),
+            ));
+        }
+        Ok(self.channels.entry(channel).or_default())
+    }
+
+    fn take<T>(&mut self, channel: u32, take: impl FnOnce(&mut Channel) -> Option<T>) -> Option<T> {
         let entry = self.channels.get_mut(&channel)?;
         let taken = take(entry);
         if entry.kick.is_none() && entry.interrupt.is_none() {
@@ -101,8 +107,4 @@ impl Signals {
         }
         taken
     }
-}
-
-fn new_event() -> Result<Event, KvmError> {
-    Event::new().map_err(|error| KvmError::host("make an eventfd", error))
 }

@@ -2,17 +2,13 @@
 //! From the supervisor's `Start` to a machine that only needs to be told to run.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 use vmbus::ipc::hello::check_protocol;
 use vmbus::ipc::server_start::NamedFds;
 use vmbus::ipc::{Message, PeerFault, Socket, SupervisorToVcpu, VcpuConfig};
 
+use crate::child::wait_for;
 use crate::hyperv::MAX_VPS;
 
 /// Limit: less is no room for a kernel beside what we put below 16 MiB.
@@ -26,20 +22,16 @@ const MEMORY_STEP_BYTES: u64 = 2 << 20;
 pub struct Start {
     pub config: VcpuConfig,
     pub kvm: OwnedFd,
+    pub bus: OwnedFd,
     /// Files of the boot plan, by number.
     pub boot_files: Vec<File>,
     pub console_in: Option<OwnedFd>,
     pub console_out: Option<OwnedFd>,
 }
 
-/// Waits for `Start`. The socket is the one place where this process waits, before it has anything else to do.
+/// Waits for `Start`.
 pub fn receive(socket: &mut Socket) -> anyhow::Result<Start> {
-    let (message, fds) = loop {
-        match socket.recv::<SupervisorToVcpu>()? {
-            Some(received) => break received,
-            None => wait_readable(socket)?,
-        }
-    };
+    let (message, fds) = wait_for(socket)?;
     let SupervisorToVcpu::Start {
         protocol,
         config,
@@ -61,6 +53,7 @@ pub fn receive(socket: &mut Socket) -> anyhow::Result<Start> {
     }
     let start = Start {
         kvm: fds.take("kvm")?,
+        bus: fds.take("bus")?,
         boot_files,
         console_in: fds.take_optional("console-in"),
         console_out: fds.take_optional("console-out"),
@@ -69,22 +62,6 @@ pub fn receive(socket: &mut Socket) -> anyhow::Result<Start> {
     fds.finish()?;
     check(&start.config)?;
     Ok(start)
-}
-
-/// Starts logging to standard error.
-pub fn init_logging(filter: &str) -> anyhow::Result<()> {
-    let targets: Targets = filter
-        .parse()
-        .map_err(|error| anyhow::anyhow!("log filter \"{filter}\": {error}"))?;
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .without_time();
-    tracing_subscriber::registry()
-        .with(lines)
-        .with(targets)
-        .try_init()?;
-    Ok(())
 }
 
 fn check(config: &VcpuConfig) -> anyhow::Result<()> {
@@ -96,14 +73,4 @@ fn check(config: &VcpuConfig) -> anyhow::Result<()> {
         anyhow::bail!("guest memory of {bytes} bytes is not 32 MiB or more in steps of 2 MiB");
     }
     Ok(())
-}
-
-fn wait_readable(socket: &Socket) -> nix::Result<()> {
-    match poll(
-        &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
-        PollTimeout::NONE,
-    ) {
-        Ok(_) | Err(Errno::EINTR) => Ok(()),
-        Err(error) => Err(error),
-    }
 }

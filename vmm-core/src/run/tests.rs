@@ -12,17 +12,18 @@ use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use vm_memory::{Bytes, GuestAddress};
-use vmbus::ipc::{Socket, VcpuToSupervisor, pair};
+use vmbus::ipc::{BusToVcpu, PeerFault, Socket, VcpuToBus, VcpuToSupervisor, pair};
 use vmbus::mem::RamLayout;
 
+use super::control::Source;
 use super::gate::{Gate, Wanted};
-use super::links::Links;
-use super::machine::Machine;
+use super::machine::{MAX_POSTS_UNDER_WAY, Machine};
 use super::partition::{Pages, Partition};
 use super::processor::{self, Ending, Shared};
-use super::timers::Timers;
-use crate::bus::action::connection_id;
-use crate::bus::{Bus, DeviceId, DeviceOffer};
+use super::slot_timer::SlotTimer;
+use crate::bus::{Action, Bus, DeviceId, DeviceOffer};
+use crate::child::{Link, wait_for};
+use crate::hyperv::hypercall::signal_connection;
 use crate::hyperv::hypercall_page::SIGNAL_PORT;
 use crate::hyperv::msr;
 use crate::hyperv::reference_tsc::ReferenceClock;
@@ -30,7 +31,7 @@ use crate::kvm::{Event, GuestMapping, Kick, Kvm, Vcpu, Vm, install_kick_handler}
 use crate::pc::boot;
 use crate::pc::memory_map::{CODE_SELECTOR, GDT, PAGE_TABLES};
 use crate::pc::serial::{COM1_BASE, COM1_GSI, Console, Output};
-use vmbus::wire::{ChannelId, Guid};
+use vmbus::wire::Guid;
 
 const MEMORY_BYTES: u64 = 32 << 20;
 /// Where the guest's code lies.
@@ -138,6 +139,11 @@ impl Code {
             .bytes(&lidt)
             .store(0xFEE0_00F0, 0x1FF)
     }
+    /// Waits for a message in the slot: mov eax, [address]; test eax, eax; jz.
+    fn wait_for_message(self) -> Self {
+        self.set(RDI, SIMP + 0x200)
+            .bytes(&[0x8B, 0x07, 0x85, 0xC0, 0x74, 0xFA])
+    }
     /// sti; hlt; cli
     fn wait_for_interrupt(self) -> Self {
         self.bytes(&[0xFB, 0xF4, 0xFA])
@@ -165,6 +171,8 @@ struct Bench {
     memory: Arc<GuestMapping>,
     output: Arc<Output>,
     supervisor: Socket,
+    /// The end of `bulkhead-bus`.
+    bus: Option<Socket>,
     vcpu: Option<Vcpu>,
     thread: Option<(JoinHandle<()>, Sender<Vcpu>)>,
     attention: Event,
@@ -183,7 +191,7 @@ impl Bench {
         install_kick_handler().expect("signal handler");
         let kvm = Kvm::new(fd).expect("a KVM that can run bulkhead");
         let layout = RamLayout::for_size(MEMORY_BYTES);
-        let memory = Arc::new(GuestMapping::new(layout.clone()).expect("memory"));
+        let memory = Arc::new(GuestMapping::new(layout).expect("memory"));
         let pages = Arc::new(Pages::new(1).expect("pages"));
         let vm = Vm::new(&kvm, memory.clone()).expect("VM");
         let event = || Event::new().expect("eventfd");
@@ -194,14 +202,16 @@ impl Bench {
             ReferenceClock::new(vcpu.tsc_khz().expect("TSC"), vcpu.tsc().expect("TSC")).expect("clock");
         let output = Arc::new(Output::default());
         let console = Console::new(output.clone(), interrupt.into_inner(), event().into_inner());
-        let partition = Partition::new(vm, 1, memory.clone(), pages.clone(), clock);
+        let partition = Partition::new(vm, 1, memory.clone(), pages, clock);
         let (ours, theirs) = pair().expect("sockets");
         let epoll = Arc::new(Epoll::new(EpollCreateFlags::empty()).expect("epoll"));
-        let links = Links::new(theirs, epoll).expect("links");
-        let timers = Timers::new().expect("timers");
+        let supervisor = Link::new(theirs, Source::Supervisor.token(), &epoll).expect("link");
+        let (bus, theirs) = pair().expect("sockets");
+        let to_bus = Link::new(theirs, Source::Bus.token(), &epoll).expect("link");
+        let slot_timer = SlotTimer::new().expect("timer");
         let clone = || attention.try_clone().expect("dup");
-        let bus = Bus::new(1, layout);
-        let machine = Machine::new(partition, bus, links, timers, memory.clone(), pages, clone());
+        let links = (supervisor, to_bus);
+        let machine = Machine::new(partition, links, slot_timer, memory.clone(), clone());
         let shared = Arc::new(Shared::new(machine, console, Gate::new(clone()), clone(), 1));
         let supervisor = Socket::new(ours);
         let (vcpu, thread) = (Some(vcpu), None);
@@ -210,6 +220,7 @@ impl Bench {
             memory,
             output,
             supervisor,
+            bus: Some(Socket::new(bus)),
             vcpu,
             thread,
             attention,
@@ -233,6 +244,60 @@ impl Bench {
         let thread = thread::spawn(move || processor::run(&shared, &receiver));
         sender.send(vcpu).expect("the thread waits");
         self.thread = Some((thread, sender));
+    }
+
+    /// Answers the guest's messages as `bulkhead-bus` with these devices does, for as long as there is a machine.
+    fn play_bus(&mut self, devices: u8) {
+        let mut bus = Bus::new(1, RamLayout::for_size(MEMORY_BYTES));
+        for number in 0..devices {
+            let offer = DeviceOffer {
+                interface: Guid([1; 16]),
+                instance: Guid([number; 16]),
+                max_sub_channels: 0,
+            };
+            bus.add_device(DeviceId(u32::from(number)), offer).expect("added");
+        }
+        let mut socket = self.bus.take().expect("played once");
+        let shared = Arc::downgrade(&self.shared);
+        thread::spawn(move || {
+            loop {
+                let message = match wait_for::<VcpuToBus>(&mut socket) {
+                    Ok((message, _)) => message,
+                    Err(error) if error.downcast_ref() == Some(&PeerFault::Eof) => return,
+                    Err(error) => panic!("{error}"),
+                };
+                let VcpuToBus::Post {
+                    connection_id,
+                    message_type,
+                    payload,
+                } = message
+                else {
+                    panic!("{message:?}")
+                };
+                let (_, actions) = bus.on_post_message(connection_id, message_type, &payload);
+                for action in actions {
+                    if let Action::PostToGuest { vp, message } = action {
+                        let payload = message.emit().as_bytes().to_vec();
+                        let post = BusToVcpu::PostToGuest { vp, payload };
+                        socket.send(&post, &[]).expect("sent");
+                    }
+                }
+                socket.send(&BusToVcpu::Posted, &[]).expect("sent");
+                // In the place of the control thread.
+                if let Some(shared) = shared.upgrade() {
+                    shared.machine().on_bus(usize::MAX);
+                }
+            }
+        });
+    }
+
+    /// What `bulkhead-bus` says, in an order that it must not be believed in.
+    fn hear_from_bus(&mut self, message: &BusToVcpu, fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<String> {
+        let socket = self.bus.as_mut().expect("not played");
+        socket.send(message, fds).expect("sent");
+        let mut machine = self.shared.machine();
+        machine.on_bus(1);
+        machine.failure.take()
     }
 
     /// Waits for the guest's end.
@@ -448,7 +513,7 @@ fn the_hypercall_page_reports_each_status_and_keeps_registers() {
 fn a_signal_of_a_bound_channel_writes_its_eventfd_without_an_exit() {
     let Some(mut bench) = Bench::new() else { return };
     let event = Event::new().expect("eventfd");
-    let id = connection_id(ChannelId(7));
+    let id = signal_connection(7);
     bench
         .shared
         .machine()
@@ -558,6 +623,7 @@ fn initiate_contact() -> Vec<u8> {
 #[test]
 fn a_contact_is_answered_through_the_message_slot() {
     let Some(mut bench) = Bench::new() else { return };
+    bench.play_bus(0);
     bench.write(BLOCK, &initiate_contact());
     let code = Code::default()
         .enable_interrupts()
@@ -565,6 +631,7 @@ fn a_contact_is_answered_through_the_message_slot() {
         .enable_synic()
         .hypercall(0x5C, BLOCK)
         .store_rax(RESULTS + 8)
+        .wait_for_message()
         .wait_for_interrupt()
         // Message type and size, then the channel message's type and its version flag.
         .load_rax(SIMP + 0x200)
@@ -583,19 +650,7 @@ fn a_contact_is_answered_through_the_message_slot() {
 #[test]
 fn messages_follow_each_other_by_end_of_message() {
     let Some(mut bench) = Bench::new() else { return };
-    let offer = |number: u8| DeviceOffer {
-        interface: Guid([1; 16]),
-        instance: Guid([number; 16]),
-        max_sub_channels: 0,
-    };
-    for number in 0..2 {
-        let added = bench
-            .shared
-            .machine()
-            .bus
-            .add_device(DeviceId(u32::from(number)), offer(number));
-        added.expect("added");
-    }
+    bench.play_bus(2);
     bench.write(BLOCK, &initiate_contact());
     let mut request = vec![0; 256];
     request[0..4].copy_from_slice(&1u32.to_le_bytes());
@@ -605,7 +660,8 @@ fn messages_follow_each_other_by_end_of_message() {
     bench.write(BLOCK + 0x100, &request);
     // Takes one message: remembers its type, frees the slot, says end of message. No interrupt is waited for.
     let take = |code: Code, index: u64| {
-        code.load_rax(SIMP + 0x210)
+        code.wait_for_message()
+            .load_rax(SIMP + 0x210)
             .store_rax(RESULTS + index * 8)
             .store(SIMP + 0x200, 0)
             .wrmsr(msr::EOM, 0)
@@ -621,6 +677,112 @@ fn messages_follow_each_other_by_end_of_message() {
     assert_eq!(bench.run(code), Ending::PowerOff);
     let types: Vec<u64> = (1..5).map(|index| bench.result(index)).collect();
     assert_eq!(types, [15, 1, 1, 4], "version, two offers, all offers delivered");
+}
+
+#[test]
+fn a_guest_that_posts_faster_than_it_is_answered_is_refused_for_lack_of_buffers() {
+    let Some(mut bench) = Bench::new() else { return };
+    bench.write(BLOCK, &initiate_contact());
+    let mut code = Code::default().enable_hypercalls().enable_synic();
+    let count = MAX_POSTS_UNDER_WAY as u64 + 2;
+    for index in 0..count {
+        code = code.hypercall(0x5C, BLOCK).store_rax(RESULTS + index * 8);
+    }
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    let statuses: Vec<u64> = (0..count).map(|index| bench.result(index)).collect();
+    let (taken, refused) = statuses.split_at(MAX_POSTS_UNDER_WAY);
+    assert!(taken.iter().all(|status| *status == 0), "{taken:?}");
+    assert_eq!(refused, [0x13, 0x13]);
+}
+
+#[test]
+fn a_message_to_another_port_than_vmbus_reaches_nobody() {
+    let Some(mut bench) = Bench::new() else { return };
+    let mut block = initiate_contact();
+    block[0] = 2;
+    bench.write(BLOCK, &block);
+    let code = Code::default()
+        .enable_hypercalls()
+        .hypercall(0x5C, BLOCK)
+        .store_rax(RESULTS);
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert_eq!(bench.result(0), 0x12);
+    let heard = bench.bus.as_mut().expect("not played").recv::<VcpuToBus>();
+    assert!(matches!(heard, Ok(None)), "{heard:?}");
+}
+
+#[test]
+fn a_signal_of_a_bound_channel_that_takes_the_slow_path_reaches_its_eventfd() {
+    use std::os::fd::AsFd;
+    let Some(mut bench) = Bench::new() else { return };
+    let kick = Event::new().expect("eventfd");
+    let bind = BusToVcpu::BindSignal { channel: 7 };
+    assert_eq!(bench.hear_from_bus(&bind, &[kick.as_fd()]), None);
+    // The slow form: the input is in memory.
+    bench.write(BLOCK, &signal_connection(7).to_le_bytes());
+    let code = Code::default()
+        .enable_hypercalls()
+        .hypercall(0x5D, BLOCK)
+        .store_rax(RESULTS);
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert!(kick.drain());
+    assert_eq!(bench.result(0), 0);
+}
+
+fn event_fd() -> OwnedFd {
+    use std::os::fd::AsFd;
+    let event = Event::new().expect("eventfd");
+    event.as_fd().try_clone_to_owned().expect("dup")
+}
+
+#[test]
+fn what_bulkhead_bus_must_not_say_ends_the_vm_and_touches_nothing() {
+    use std::os::fd::AsFd;
+    let file = File::open("/dev/null").expect("opened");
+    let cases = [
+        (BusToVcpu::RaiseInterrupt { channel: 1, vp: 1 }, None),
+        (
+            BusToVcpu::RaiseInterrupt {
+                channel: 1,
+                vp: u16::MAX,
+            },
+            None,
+        ),
+        (BusToVcpu::BindInterrupt { channel: 1, vp: 7 }, Some(event_fd())),
+        (
+            BusToVcpu::PostToGuest {
+                vp: 0,
+                payload: vec![0; 241],
+            },
+            None,
+        ),
+        (
+            BusToVcpu::PostToGuest {
+                vp: 1,
+                payload: Vec::new(),
+            },
+            None,
+        ),
+        // No eventfd.
+        (
+            BusToVcpu::BindInterrupt { channel: 1, vp: 0 },
+            Some(OwnedFd::from(file)),
+        ),
+    ];
+    for (message, fd) in cases {
+        let Some(mut bench) = Bench::new() else { return };
+        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+        assert!(bench.hear_from_bus(&message, &fds).is_some(), "{message:?}");
+    }
+    let Some(mut bench) = Bench::new() else { return };
+    let post = BusToVcpu::PostToGuest {
+        vp: 0,
+        payload: vec![0; 8],
+    };
+    // The guest takes none: its message page is off.
+    for _ in 0..100 {
+        assert_eq!(bench.hear_from_bus(&post, &[]), None);
+    }
 }
 
 #[test]

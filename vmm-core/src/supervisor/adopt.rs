@@ -2,7 +2,7 @@
 //! Becoming the supervisor of a VM that has lost its own.
 //!
 //! The keeper gives everything; what was under way when the old supervisor was killed is taken up from what it had told
-//! its keeper last, which is never behind by more than one step. Steps are repeated rather than left out: `bulkhead-vcpu`
+//! its keeper last, which is never behind by more than one step. Steps are repeated rather than left out: `bulkhead-bus`
 //! takes no harm from hearing twice that a server is gone, and a server of which it may not have heard is killed.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use vmbus::ipc::{PeerFault, Socket, SupervisorToVcpu};
+use vmbus::ipc::{PeerFault, Socket, SupervisorToBus};
 
 use super::backend::Held;
 use super::chronicle::{Chronicle, Event};
@@ -101,9 +101,16 @@ impl Given {
 
     /// Whether all is there without which nothing can be made.
     fn check(&self, rooms: &[SavedRoom]) -> Result<()> {
-        let mut names: Vec<String> = ["folder.lock", "control", LISTENER, "vcpu.end", "keeper.end"]
-            .map(str::to_owned)
-            .into();
+        let mut names: Vec<String> = [
+            "folder.lock",
+            "control",
+            LISTENER,
+            "vcpu.end",
+            "bus.end",
+            "keeper.end",
+        ]
+        .map(str::to_owned)
+        .into();
         for room in rooms {
             let name = &room.plan.name;
             names.push(format!("{name}.journal"));
@@ -217,6 +224,7 @@ impl Supervisor {
         // From here on nothing fails: all that is needed is there, and a handle that is dropped kills its process.
         let mut keeper = given.process("keeper", vm.keeper, &timers)?;
         let vcpu = given.process("vcpu", vm.vcpu, &timers)?;
+        let bus = given.process("bus", vm.bus, &timers)?;
         let mut rooms = Vec::new();
         for room in saved_rooms {
             rooms.push(given.room(room, &timers)?);
@@ -238,6 +246,9 @@ impl Supervisor {
             vcpu_said: None,
             vcpu_failed: None,
             vcpu,
+            bus,
+            bus_ended: false,
+            bus_failed: None,
             rooms,
             input,
             signals,
@@ -289,11 +300,11 @@ impl Supervisor {
             return;
         };
         let (device, generation) = (room.plan.device, room.generation);
-        let gone = SupervisorToVcpu::ServerGone { device, generation };
+        let gone = SupervisorToBus::ServerGone { device, generation };
         match &room.server {
             Server::Running { process, ready, .. } => {
                 if !process.introduced {
-                    let why = "bulkhead-vcpu may not know it: its supervisor was killed when it started it";
+                    let why = "bulkhead-bus may not know it: its supervisor was killed when it started it";
                     return self.kill_server(index, generation, why);
                 }
                 if !ready {
@@ -311,9 +322,9 @@ impl Supervisor {
             Server::Pausing => {
                 // It may have waited long enough already; one that waits again gets no shorter pause by that.
                 self.timers.set(now, Timer::Restart { room: index });
-                self.send_to_vcpu(&gone, &[]);
+                self.send_to_bus(&gone, &[]);
             }
-            Server::Held => self.send_to_vcpu(&gone, &[]),
+            Server::Held => self.send_to_bus(&gone, &[]),
         }
     }
 
@@ -335,7 +346,7 @@ impl Supervisor {
             return;
         };
         if !successor.process.introduced {
-            successor.blame("bulkhead-vcpu may not know it: its supervisor was killed when it started it");
+            successor.blame("bulkhead-bus may not know it: its supervisor was killed when it started it");
             successor.process.kill();
         } else if room.plan.standby || is_last_hope {
             if !successor.is_prepared() {

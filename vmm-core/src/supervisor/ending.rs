@@ -23,7 +23,7 @@ impl Supervisor {
                 });
                 self.phase = Phase::EndingVcpu(outcome);
                 self.timers.set(Instant::now() + END_DEADLINE, Timer::EndOverdue);
-                self.send_to_vcpu(&SupervisorToVcpu::Quit, &[]);
+                self.send_to_vcpu(&SupervisorToVcpu::Quit);
             }
             Phase::EndingVcpu(_) | Phase::EndingServers(_) | Phase::Over(_) => {}
         }
@@ -67,7 +67,7 @@ impl Supervisor {
 
     /// Nothing more is waited for. Whatever still runs is killed, and its end seen: nothing is left behind.
     pub(super) fn over(&mut self, outcome: Outcome) {
-        let mut last: Vec<&mut Process> = vec![&mut self.vcpu];
+        let mut last: Vec<&mut Process> = vec![&mut self.vcpu, &mut self.bus];
         for room in &mut self.rooms {
             if let Server::Running { process, .. } = &mut room.server {
                 last.push(process);

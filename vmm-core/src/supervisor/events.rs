@@ -78,6 +78,9 @@ impl Supervisor {
         if !matches!(self.phase, Phase::EndingServers(_) | Phase::Over(_)) {
             add_process(&mut list, &self.vcpu, Source::Vcpu);
         }
+        if !self.bus_ended {
+            add_process(&mut list, &self.bus, Source::Bus);
+        }
         if let Some(keeper) = &self.keeper {
             add_process(&mut list, &keeper.process, Source::Keeper);
         }
@@ -113,6 +116,7 @@ impl Supervisor {
             Source::Vcpu(Part::Control) => self.on_vcpu_control(),
             Source::Vcpu(Part::Log) => show_lines("vcpu", &mut self.vcpu),
             Source::Vcpu(Part::End) => self.on_vcpu_end(),
+            Source::Bus(part) => self.on_bus(part),
             Source::Keeper(part) => self.on_keeper(part),
             Source::Server(index, Part::Control) => self.on_server_control(index),
             Source::Server(index, Part::Log) => {
@@ -172,18 +176,27 @@ impl Supervisor {
             Timer::Standby { room } => self.on_standby_due(room),
             Timer::Keeper => self.start_keeper(),
             Timer::Probe => self.on_probe_due(),
+            Timer::VcpuEndOverdue => self.on_bus_lost("bulkhead-bus ended by itself".to_owned()),
             Timer::EndOverdue => self.on_end_overdue(),
             Timer::InspectOverdue => self.finish_inspection(),
         }
     }
 
     pub(super) fn on_start_overdue(&mut self) {
-        let Phase::Starting { vcpu_ready, .. } = self.phase else {
+        let Phase::Starting {
+            vcpu_ready,
+            bus_ready,
+            ..
+        } = self.phase
+        else {
             return;
         };
         let mut waiting: Vec<&str> = Vec::new();
         if !vcpu_ready {
             waiting.push("vcpu");
+        }
+        if !bus_ready {
+            waiting.push("bus");
         }
         if self.waits_for_keeper() {
             waiting.push("keeper");

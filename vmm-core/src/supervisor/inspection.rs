@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use vmbus::ipc::{Socket, SupervisorToServer, SupervisorToVcpu};
+use vmbus::ipc::{Socket, SupervisorToBus, SupervisorToServer, SupervisorToVcpu};
 
 use super::control::{Reply, replies};
 use super::room::Server;
@@ -52,7 +52,7 @@ impl Supervisor {
         if self.inspection.is_some() {
             return;
         }
-        let mut waiting = BTreeSet::from(["vcpu".to_owned()]);
+        let mut waiting = BTreeSet::from(["vcpu".to_owned(), "bus".to_owned()]);
         for room in &mut self.rooms {
             if room.ask(&SupervisorToServer::Inspect) {
                 waiting.insert(room.plan.name.clone());
@@ -63,7 +63,8 @@ impl Supervisor {
             entries: self.own_entries(),
         });
         self.timers.set(Instant::now() + DEADLINE, Timer::InspectOverdue);
-        self.send_to_vcpu(&SupervisorToVcpu::Inspect, &[]);
+        self.send_to_vcpu(&SupervisorToVcpu::Inspect);
+        self.send_to_bus(&SupervisorToBus::Inspect, &[]);
     }
 
     pub(super) fn on_inspected(&mut self, name: &str, entries: Vec<(String, String)>) {
@@ -114,6 +115,10 @@ impl Supervisor {
             (
                 "supervisor.vcpu.process".to_owned(),
                 self.vcpu.child.pid.to_string(),
+            ),
+            (
+                "supervisor.bus.process".to_owned(),
+                self.bus.child.pid.to_string(),
             ),
         ];
         if let Phase::Starting { vcpu_ready, .. } = self.phase {

@@ -12,7 +12,7 @@ use super::report::say;
 use super::room::{RoomState, Server};
 use super::saved::Texts;
 use super::timers::Timer;
-use super::{Part, Phase, Supervisor, policy, report};
+use super::{Part, Phase, Reporter, Supervisor, policy, report};
 
 /// Descriptors by name.
 type Belongings<'a> = Vec<(String, BorrowedFd<'a>)>;
@@ -27,6 +27,7 @@ impl Supervisor {
         ];
         all.extend(self.input.pipe().map(|pipe| ("console".to_owned(), pipe)));
         add(&mut all, "vcpu", &self.vcpu);
+        add(&mut all, "bus", &self.bus);
         for room in &self.rooms {
             add_room(&mut all, room);
         }
@@ -82,7 +83,7 @@ impl Supervisor {
         match keeper.receive() {
             Ok(Some(FromKeeper::Ready { report })) => {
                 keeper.ready = true;
-                self.on_ready(report, false);
+                self.on_ready(report, Reporter::Other);
             }
             // It has nothing more to say. If it has ended, that is handled by itself.
             Ok(_) => {}

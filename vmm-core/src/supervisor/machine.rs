@@ -9,34 +9,15 @@ use vmbus::ipc::{ExitCause as VmExit, OnReset, PeerFault, SupervisorToVcpu, Vcpu
 use super::chronicle::Event;
 use super::events::show_lines;
 use super::oom::Finding;
+use super::process::last_words;
 use super::report::{Outcome, say};
-use super::{MESSAGES_PER_TURN, Phase, Supervisor, process, report, tell_vcpu};
+use super::{MESSAGES_PER_TURN, Phase, Reporter, Supervisor, process, report, tell};
 use crate::spec::OnCrash;
 
 impl Supervisor {
     /// Sends; a vCPU process that does not take messages is killed, which ends the VM.
-    pub(super) fn send_to_vcpu(&mut self, message: &SupervisorToVcpu, fds: &[BorrowedFd<'_>]) {
-        let attached = match message {
-            SupervisorToVcpu::ServerAttached { device, generation } => Some((*device, *generation)),
-            _ => None,
-        };
-        if attached.is_some() {
-            // A supervisor that is killed after this has told its keeper that there may be a server of that generation.
-            self.tell_keeper();
-        }
-        let told = tell_vcpu(&mut self.vcpu, message, fds);
-        let is_taken = self
-            .vcpu
-            .control
-            .as_ref()
-            .is_some_and(|control| !control.has_queued());
-        if let Some((device, generation)) = attached
-            && is_taken
-            && let Some(room) = self.rooms.iter_mut().find(|room| room.plan.device == device)
-        {
-            room.introduced(generation);
-        }
-        if let Err(error) = told
+    pub(super) fn send_to_vcpu(&mut self, message: &SupervisorToVcpu) {
+        if let Err(error) = tell("bulkhead-vcpu", &mut self.vcpu, message, &[])
             && self.vcpu_said.is_none()
         {
             self.vcpu_failed.get_or_insert(format!("{error:#}"));
@@ -70,26 +51,9 @@ impl Supervisor {
 
     pub(super) fn on_vcpu_message(&mut self, message: VcpuToSupervisor) {
         match message {
-            VcpuToSupervisor::Ready { report } => self.on_ready(report, true),
+            VcpuToSupervisor::Ready { report } => self.on_ready(report, Reporter::Vcpu),
             VcpuToSupervisor::Started => {}
             VcpuToSupervisor::Failed { message } => self.vcpu_failed = Some(process::printable(&message)),
-            VcpuToSupervisor::ServerMisbehaves {
-                device,
-                generation,
-                why,
-            } => self.kill_server_of(
-                device,
-                generation,
-                &format!("bulkhead-vcpu says: {}", process::printable(&why)),
-            ),
-            VcpuToSupervisor::ServerSlow {
-                device,
-                generation,
-                waiting_for,
-            } => {
-                let why = format!("did not answer in time: {}", process::printable(&waiting_for));
-                self.kill_server_of(device, generation, &why);
-            }
             VcpuToSupervisor::GuestPowerOff => {}
             VcpuToSupervisor::GuestReset { count } => {
                 if self.on_reset == OnReset::Reset {
@@ -128,7 +92,7 @@ impl Supervisor {
         show_lines("vcpu", &mut self.vcpu);
         let outcome = match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Starting { .. } => {
-                let why = self.vcpu_failed.take().unwrap_or_else(|| self.last_words(cause));
+                let why = self.vcpu_failed.take().unwrap_or_else(|| self.vcpu_died(cause));
                 return self.fail_start(why);
             }
             Phase::EndingVcpu(outcome) => outcome,
@@ -147,15 +111,9 @@ impl Supervisor {
         self.end_servers(outcome);
     }
 
-    pub(super) fn last_words(&self, cause: sandbox::ExitCause) -> String {
-        let said = self
-            .vcpu
-            .log
-            .last_words()
-            .map(|line| format!("; its last words: {line:?}"))
-            .unwrap_or_default();
+    fn vcpu_died(&self, cause: sandbox::ExitCause) -> String {
         let cause = Finding::tell(self.oom.finding(), cause, self.vcpu_failed.is_some());
-        format!("bulkhead-vcpu {cause}{said}")
+        last_words("bulkhead-vcpu", &self.vcpu, cause)
     }
 
     pub(super) fn outcome_of(&mut self, cause: sandbox::ExitCause) -> Outcome {
@@ -165,15 +123,17 @@ impl Supervisor {
             Some(VmExit::Console | VmExit::Quit) => Outcome::Stopped,
             Some(VmExit::Fault { message }) => Outcome::VcpuDied(process::printable(&message)),
             None => {
-                let failed = self.vcpu_failed.take();
-                let died = self.last_words(cause);
+                // A control plane that failed takes it along.
+                let bus_failed = self.bus_failed.take().map(|why| format!("bulkhead-bus: {why}"));
+                let failed = self.vcpu_failed.take().or(bus_failed);
+                let died = self.vcpu_died(cause);
                 Outcome::VcpuDied(failed.map_or(died.clone(), |why| format!("{died}; {why}")))
             }
         }
     }
 }
 
-fn has_more(fd: BorrowedFd<'_>) -> bool {
+pub(super) fn has_more(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1..))
 }

@@ -2,10 +2,10 @@
 //! The supervisor of one VM: starts its processes, watches them, replaces servers that died, ends all together.
 //!
 //! ```text
-//!   plan ──▶ open what has a path ──▶ start bulkhead-vcpu and all servers ──▶ every Ready ──▶ Run ──▶ … ──▶ end
+//!   plan ──▶ open what has a path ──▶ start bulkhead-vcpu, -bus and all servers ──▶ every Ready ──▶ Run ──▶ … ──▶ end
 //!                                          (in parallel: nobody is waited for in turn)
 //!
-//!   a server:  Running ──dies──▶ Fencing ──its I/O is over, ServerGone to vcpu──▶ Running, next generation
+//!   a server:  Running ──dies──▶ Fencing ──its I/O is over, ServerGone to bus──▶ Running, next generation
 //!                                   │ if there is to be no pause, the next one is started here and waits
 //!                                   ├── dies again ──▶ Pausing ──▶ Running, next generation
 //!                                   └── dies again and again ──▶ Held
@@ -20,7 +20,7 @@
 //!
 //! *Fencing*: a process's end does not end the I/O that the kernel does on its behalf. A server that has such I/O holds
 //! locks on its disks' descriptions, which each generation has for itself and which requests in flight keep open, and one on
-//! its journal; so whoever finds them free knows that the last request is over. Only then is `bulkhead-vcpu` told that the
+//! its journal; so whoever finds them free knows that the last request is over. Only then is `bulkhead-bus` told that the
 //! server is gone, and lets the next one serve. A lock of the supervisor's own keeps other VMs away from the disk all the time.
 //!
 //! | file | what |
@@ -34,7 +34,7 @@
 //! | `events.rs` | the loop |
 //! | `successor.rs`, `swap.rs`, `standby.rs` | servers that wait, planned replacement, and standbys |
 //! | `fallback.rs` | going back to the program before a planned replacement |
-//! | `machine.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, the servers and a person say |
+//! | `machine.rs`, `control_plane.rs`, `servers.rs`, `person.rs` | what `bulkhead-vcpu`, `bulkhead-bus`, the servers and a person say |
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
 //! | `keeper/`, `keep.rs`, `saved.rs` | the process that holds what the supervisor holds, and what that is |
@@ -52,6 +52,7 @@ pub mod chronicle;
 mod clock;
 pub mod console;
 pub mod control;
+mod control_plane;
 pub mod crash_report;
 mod ending;
 mod events;
@@ -86,7 +87,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::{ExitCause as VmExit, OnReset, SupervisorToVcpu};
+use vmbus::ipc::{ExitCause as VmExit, Message, OnReset, SupervisorToBus, SupervisorToVcpu, pair};
 
 use crate::spec::{Console, OnCrash, VmSpec};
 use chronicle::{Chronicle, Event};
@@ -109,13 +110,16 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Limit: what the vCPU process, and then the servers, may take to end when asked to.
 const END_DEADLINE: Duration = Duration::from_secs(3);
 
+/// Tells `bulkhead-bus` from the VM's other processes, where 0 is `bulkhead-vcpu`; the last is the keeper's.
+const BUS_INDEX: u32 = 14;
+
 /// Limit: messages of one child that are handled before the others have their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
 /// What the caller decides besides the description.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where `bulkhead-vcpu` and the servers' programs are.
+    /// Where our other programs are.
     pub programs: PathBuf,
     /// Where the folders of running VMs are.
     pub base: PathBuf,
@@ -149,6 +153,7 @@ enum Phase {
     Starting {
         reports: Vec<String>,
         vcpu_ready: bool,
+        bus_ready: bool,
     },
     Running,
     /// The vCPU process is asked to end.
@@ -171,6 +176,11 @@ struct Supervisor {
     vcpu_said: Option<VmExit>,
     vcpu_failed: Option<String>,
     vcpu: Process,
+    bus: Process,
+    /// Its end was handled.
+    bus_ended: bool,
+    /// Why it failed, as it said itself.
+    bus_failed: Option<String>,
     rooms: Vec<RoomState>,
     input: Input,
     signals: SignalFd,
@@ -208,12 +218,22 @@ enum Source {
     Listener,
     Client(usize),
     Vcpu(Part),
+    Bus(Part),
     Keeper(Part),
     Server(usize, Part),
     Successor(usize, Part),
     /// A server that serves no more, by its generation.
     Leaving(usize, u32, Part),
     Passt(usize, Part),
+}
+
+/// Who says that it is locked in and ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reporter {
+    Vcpu,
+    Bus,
+    /// A server, or the keeper.
+    Other,
 }
 
 /// What of a process an event is about.
@@ -246,6 +266,8 @@ impl Supervisor {
             spec.memory.0,
         )?;
         machine.push(("kvm", backend::open_kvm()?));
+        let (to_bus, to_vcpu) = pair().context("cannot make a socket pair")?;
+        machine.push(("bus", to_bus));
         let mut rooms = room::open(&plan, spec)?;
         let (input, console_in) = Input::new(&spec.console).context("cannot set up the console")?;
         machine.push(("console-in", console_in));
@@ -265,7 +287,14 @@ impl Supervisor {
             config: plan::vcpu(spec, boot),
             fds: names,
         };
-        tell_vcpu(&mut vcpu, &start, &fds)?;
+        tell("bulkhead-vcpu", &mut vcpu, &start, &fds)?;
+        let jail = (sandbox::profile::bus(), strictness);
+        let mut bus = Process::start(&options.programs.join("bulkhead-bus"), jail, BUS_INDEX)?;
+        let start = SupervisorToBus::Start {
+            protocol: PROTOCOL,
+            log: spec.log.clone(),
+        };
+        tell("bulkhead-bus", &mut bus, &start, &[to_vcpu.as_fd()])?;
         let settings = ServerSettings {
             programs: options.programs.clone(),
             log: spec.log.clone(),
@@ -274,7 +303,7 @@ impl Supervisor {
         for room in &mut rooms {
             room.start_passt()?;
             let link = room.start_server(&settings)?;
-            tell_vcpu(&mut vcpu, &room.introduction(), &[link.as_fd()])?;
+            tell("bulkhead-bus", &mut bus, &room.introduction(), &[link.as_fd()])?;
             room.introduced(room.generation);
         }
         let mut timers = Timers::default();
@@ -284,6 +313,7 @@ impl Supervisor {
             phase: Phase::Starting {
                 reports: Vec::new(),
                 vcpu_ready: false,
+                bus_ready: false,
             },
             name: spec.name.to_string(),
             on_crash: spec.on_crash,
@@ -293,6 +323,9 @@ impl Supervisor {
             vcpu_said: None,
             vcpu_failed: None,
             vcpu,
+            bus,
+            bus_ended: false,
+            bus_failed: None,
             rooms,
             input,
             signals,
@@ -318,10 +351,16 @@ impl Supervisor {
         })
     }
 
-    pub(super) fn on_ready(&mut self, report: String, is_vcpu: bool) {
-        if let Phase::Starting { reports, vcpu_ready } = &mut self.phase {
+    pub(super) fn on_ready(&mut self, report: String, reporter: Reporter) {
+        if let Phase::Starting {
+            reports,
+            vcpu_ready,
+            bus_ready,
+        } = &mut self.phase
+        {
             reports.push(report);
-            *vcpu_ready |= is_vcpu;
+            *vcpu_ready |= reporter == Reporter::Vcpu;
+            *bus_ready |= reporter == Reporter::Bus;
         }
         self.run_if_ready();
     }
@@ -330,6 +369,7 @@ impl Supervisor {
         let Phase::Starting {
             reports,
             vcpu_ready: true,
+            bus_ready: true,
         } = &self.phase
         else {
             return;
@@ -353,7 +393,7 @@ impl Supervisor {
         }
         self.timers.clear(Timer::StartOverdue);
         self.phase = Phase::Running;
-        self.send_to_vcpu(&SupervisorToVcpu::Run, &[]);
+        self.send_to_vcpu(&SupervisorToVcpu::Run);
         for index in 0..self.rooms.len() {
             self.want_standby(index);
         }
@@ -397,14 +437,12 @@ fn take_signals() -> nix::Result<SignalFd> {
     SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
 }
 
-fn tell_vcpu(vcpu: &mut Process, message: &SupervisorToVcpu, fds: &[BorrowedFd<'_>]) -> Result<()> {
-    let socket = vcpu
-        .control
-        .as_mut()
-        .ok_or_else(|| anyhow!("bulkhead-vcpu does not listen"))?;
+fn tell<M: Message>(program: &str, process: &mut Process, message: &M, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    let socket = process.control.as_mut();
     socket
+        .ok_or_else(|| anyhow!("{program} does not listen"))?
         .send(message, fds)
-        .map_err(|error| anyhow!("cannot talk to bulkhead-vcpu: {error}"))
+        .map_err(|error| anyhow!("cannot talk to {program}: {error}"))
 }
 
 impl std::fmt::Debug for Supervisor {

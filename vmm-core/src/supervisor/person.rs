@@ -101,7 +101,7 @@ impl Supervisor {
                 vec![Reply::Done]
             }
             Request::PowerButton => {
-                self.send_to_vcpu(&SupervisorToVcpu::PowerButton, &[]);
+                self.send_to_vcpu(&SupervisorToVcpu::PowerButton);
                 vec![Reply::Done]
             }
         };
@@ -121,7 +121,10 @@ impl Supervisor {
     }
 
     pub(super) fn status(&self) -> Reply {
-        let mut processes = vec![("vcpu".to_owned(), self.vcpu.child.pid.as_raw())];
+        let mut processes = vec![
+            ("vcpu".to_owned(), self.vcpu.child.pid.as_raw()),
+            ("bus".to_owned(), self.bus.child.pid.as_raw()),
+        ];
         for room in &self.rooms {
             if let Server::Running { process, .. } = &room.server {
                 processes.push((room.plan.name.clone(), process.child.pid.as_raw()));

@@ -37,7 +37,7 @@ pub struct Plan {
 /// What a device needs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Room {
-    /// The device's number between supervisor and `bulkhead-vcpu`.
+    /// The device's number between supervisor and `bulkhead-bus`.
     pub device: u32,
     /// In logs and reports, for example `disk0`.
     pub name: String,

@@ -36,7 +36,7 @@ pub struct Process {
     pub started: Instant,
     /// Its flight recorder, if it has one.
     pub recorder: Option<OwnedFd>,
-    /// `bulkhead-vcpu` was given the other end of this server's socket to it, and takes messages.
+    /// `bulkhead-bus` was given the other end of this server's socket to it, and takes messages.
     pub introduced: bool,
 }
 
@@ -131,6 +131,16 @@ impl Process {
     pub fn lines(&mut self) -> Vec<String> {
         self.log.read()
     }
+}
+
+/// How a process of ours ended, and what it said last.
+pub fn last_words(program: &str, process: &Process, cause: impl std::fmt::Display) -> String {
+    let said = process
+        .log
+        .last_words()
+        .map(|line| format!("; its last words: {line:?}"))
+        .unwrap_or_default();
+    format!("{program} {cause}{said}")
 }
 
 /// What of our environment the children get.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::{PeerFault, SendError, ServerToSupervisor, SupervisorToServer, SupervisorToVcpu, pair};
+use vmbus::ipc::{PeerFault, SendError, ServerToSupervisor, SupervisorToBus, SupervisorToServer, pair};
 use vmbus::journal;
 use vmbus::mem::sealed_memfd;
 use vmbus::record::Recorder;
@@ -163,7 +163,7 @@ impl RoomState {
             .collect()
     }
 
-    /// `bulkhead-vcpu` knows the server of this generation.
+    /// `bulkhead-bus` knows the server of this generation.
     pub fn introduced(&mut self, generation: u32) {
         let server = match &mut self.server {
             Server::Running { process, .. } if self.generation == generation => Some(process),
@@ -192,7 +192,7 @@ impl RoomState {
     /// Starts the next server; returns the vCPU process's end of the socket between the two.
     pub fn start_server(&mut self, settings: &ServerSettings) -> Result<OwnedFd> {
         let program = self.program.clone();
-        let (process, to_vcpu) = self.launch(program.as_deref(), settings)?;
+        let (process, to_bus) = self.launch(program.as_deref(), settings)?;
         self.generation = self.newest;
         self.told_to_stop = None;
         self.server = Server::Running {
@@ -200,7 +200,7 @@ impl RoomState {
             ready: false,
             blame: None,
         };
-        Ok(to_vcpu)
+        Ok(to_bus)
     }
 
     /// Starts a process of the next generation; `program`: another one than the one that came with `bulkhead`.
@@ -211,7 +211,7 @@ impl RoomState {
     ) -> Result<(Process, OwnedFd)> {
         let held = self.held.as_ref().context("the backend is not open")?;
         let backend = held.for_server()?;
-        let (to_server, to_vcpu) = pair().context("cannot make a socket pair")?;
+        let (to_server, to_bus) = pair().context("cannot make a socket pair")?;
         let own = settings.programs.join(self.plan.program.file_name());
         let jail = (self.plan.program.profile(), settings.strictness);
         let index = self.plan.device.saturating_add(1);
@@ -226,7 +226,7 @@ impl RoomState {
             config: self.plan.config.clone(),
             log: settings.log.clone(),
             fds: vec![
-                "vcpu".to_owned(),
+                "bus".to_owned(),
                 "journal".to_owned(),
                 self.plan.backend.fd_name().to_owned(),
                 "recorder".to_owned(),
@@ -247,12 +247,12 @@ impl RoomState {
         }
         process.recorder = Some(recorder);
         self.newest = generation;
-        Ok((process, to_vcpu))
+        Ok((process, to_bus))
     }
 
     /// What the vCPU process is told of the device, together with the socket to its first server.
-    pub fn introduction(&self) -> SupervisorToVcpu {
-        SupervisorToVcpu::AddDevice {
+    pub fn introduction(&self) -> SupervisorToBus {
+        SupervisorToBus::AddDevice {
             device: self.plan.device,
             name: self.plan.name.clone(),
             interface: self.plan.interface,

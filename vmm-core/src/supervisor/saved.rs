@@ -42,6 +42,7 @@ pub struct SavedVm {
     /// The terminal that the guest's console is on, by its device number.
     pub terminal: Option<u64>,
     pub vcpu: SavedProcess,
+    pub bus: SavedProcess,
     pub keeper: SavedProcess,
 }
 
@@ -96,7 +97,7 @@ pub struct SavedSuccessor {
 pub struct SavedProcess {
     pub pid: i32,
     pub started_ms: u64,
-    /// `bulkhead-vcpu` has the other end of its socket, if it needs that.
+    /// `bulkhead-bus` has the other end of its socket, if it needs that.
     pub introduced: bool,
 }
 
@@ -132,6 +133,7 @@ impl Supervisor {
             first_report: self.first_report,
             terminal: self.terminal,
             vcpu: saved(&self.vcpu, timers),
+            bus: saved(&self.bus, timers),
             keeper: saved(keeper, timers),
         };
         // The version is in front of all, and can be read whatever follows.

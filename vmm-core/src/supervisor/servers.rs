@@ -5,14 +5,14 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use vmbus::ipc::{ServerToSupervisor, SupervisorToVcpu};
+use vmbus::ipc::{ServerToSupervisor, SupervisorToBus};
 
 use super::chronicle::Event;
 use super::events::show_lines;
 use super::report::say;
 use super::room::Server;
 use super::timers::Timer;
-use super::{MESSAGES_PER_TURN, Phase, START_DEADLINE, Supervisor, policy, process, report};
+use super::{MESSAGES_PER_TURN, Phase, Reporter, START_DEADLINE, Supervisor, policy, process, report};
 
 /// Between two looks whether a dead server's I/O is over. As a rule it is after some hundred microseconds; on a disk that
 /// does not answer it can take minutes.
@@ -63,7 +63,7 @@ impl Supervisor {
                     room: index,
                     generation,
                 });
-                self.on_ready(report, false);
+                self.on_ready(report, Reporter::Other);
                 self.on_serving(index);
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
@@ -112,7 +112,7 @@ impl Supervisor {
             Phase::Starting { .. } => self.fail_start(death.sentence),
             Phase::EndingServers(_) => self.finish_if_all_ended(),
             Phase::EndingVcpu(_) | Phase::Over(_) => {}
-            // The VM is over, and this server has noticed before us. Its socket to `bulkhead-vcpu` is closed after the
+            // The VM is over, and this server has noticed before us. Its socket to `bulkhead-bus` is closed after the
             // one between that and us (a process's descriptors are closed in order), whose end was handled before this.
             Phase::Running if self.vcpu_said.is_some() || self.vcpu.control.is_none() => {
                 room.server = Server::Held
@@ -169,11 +169,11 @@ impl Supervisor {
                 .set(Instant::now() + pause, Timer::Fence { room: index });
             return None;
         }
-        let gone = SupervisorToVcpu::ServerGone {
+        let gone = SupervisorToBus::ServerGone {
             device: room.plan.device,
             generation: room.generation,
         };
-        self.send_to_vcpu(&gone, &[]);
+        self.send_to_bus(&gone, &[]);
         Some(Gone {
             started,
             planned,
@@ -212,7 +212,7 @@ impl Supervisor {
         let room = self.rooms.get_mut(index).context("there is no such device")?;
         room.start_passt()?;
         let (link, generation) = room.start_successor(None, &self.settings)?;
-        let attached = SupervisorToVcpu::ServerAttached {
+        let attached = SupervisorToBus::ServerAttached {
             device: room.plan.device,
             generation,
         };
@@ -221,11 +221,11 @@ impl Supervisor {
             generation,
         };
         self.timers.set(Instant::now() + START_DEADLINE, overdue);
-        self.send_to_vcpu(&attached, &[link.as_fd()]);
+        self.send_to_bus(&attached, &[link.as_fd()]);
         Ok(generation)
     }
 
-    /// The server is gone, and `bulkhead-vcpu` knows: who serves now?
+    /// The server is gone, and `bulkhead-bus` knows: who serves now?
     fn find_successor(&mut self, index: usize, gone: Gone) {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
@@ -272,7 +272,7 @@ impl Supervisor {
         match started {
             Ok(link) => {
                 let generation = room.generation;
-                let attached = SupervisorToVcpu::ServerAttached {
+                let attached = SupervisorToBus::ServerAttached {
                     device: room.plan.device,
                     generation,
                 };
@@ -284,7 +284,7 @@ impl Supervisor {
                         generation,
                     },
                 );
-                self.send_to_vcpu(&attached, &[link.as_fd()]);
+                self.send_to_bus(&attached, &[link.as_fd()]);
                 self.note(Event::Restart {
                     device: name,
                     generation,

@@ -2,7 +2,7 @@
 //! A server that waits beside the one that serves, and servers that serve no more.
 //!
 //! A successor is started, locked in, and told of the guest's memory like any server, and then waits: it touches neither
-//! rings nor journal nor back end. `bulkhead-vcpu` lets it serve when it hears that the one before is gone. So taking
+//! rings nor journal nor back end. `bulkhead-bus` lets it serve when it hears that the one before is gone. So taking
 //! over costs no start of a process.
 
 use std::os::fd::OwnedFd;
@@ -81,7 +81,7 @@ impl RoomState {
         settings: &ServerSettings,
     ) -> Result<(OwnedFd, u32)> {
         let present = self.program.clone();
-        let (process, to_vcpu) = self.launch(program.or(present.as_deref()), settings)?;
+        let (process, to_bus) = self.launch(program.or(present.as_deref()), settings)?;
         let generation = self.newest;
         self.successor = Some(Successor {
             process,
@@ -92,7 +92,7 @@ impl RoomState {
             asked: None,
             is_restart: matches!(self.server, Server::Fencing { .. }),
         });
-        Ok((to_vcpu, generation))
+        Ok((to_bus, generation))
     }
 
     /// The next message of the successor; at the end of the socket none, and none any more.

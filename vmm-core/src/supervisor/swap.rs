@@ -2,7 +2,7 @@
 //! Planned replacement of a server, and what a successor that waits says and does.
 //!
 //! ```text
-//!   start the new one ──Ready, Warm──▶ Stop to the old one ──Released──▶ fence ──▶ ServerGone to bulkhead-vcpu
+//!   start the new one ──Ready, Warm──▶ Stop to the old one ──Released──▶ fence ──▶ ServerGone to bulkhead-bus
 //! ```
 //!
 //! Until the old one is told to stop nothing has changed for the guest, and whatever goes wrong with the new one is told
@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use vmbus::ipc::{ServerToSupervisor, SupervisorToServer, SupervisorToVcpu};
+use vmbus::ipc::{ServerToSupervisor, SupervisorToBus, SupervisorToServer};
 
 use super::chronicle::Event;
 use super::control::Reply;
@@ -87,12 +87,12 @@ impl Supervisor {
             room: index,
             generation: to,
         };
-        let attached = SupervisorToVcpu::ServerAttached {
+        let attached = SupervisorToBus::ServerAttached {
             device: room.plan.device,
             generation: to,
         };
         self.timers.set(Instant::now() + patience, overdue);
-        self.send_to_vcpu(&attached, &[link.as_fd()]);
+        self.send_to_bus(&attached, &[link.as_fd()]);
         Ok(index)
     }
 
@@ -215,7 +215,7 @@ impl Supervisor {
         if !matches!(self.phase, Phase::Running) || self.vcpu_said.is_some() || self.vcpu.control.is_none() {
             return;
         }
-        let gone = SupervisorToVcpu::ServerGone {
+        let gone = SupervisorToBus::ServerGone {
             device: room.plan.device,
             generation,
         };
@@ -229,9 +229,9 @@ impl Supervisor {
             let now = self.timers.milliseconds(Instant::now());
             *decision = Some(room.history.on_death(now, now));
             say(&sentence);
-            return self.send_to_vcpu(&gone, &[]);
+            return self.send_to_bus(&gone, &[]);
         }
-        self.send_to_vcpu(&gone, &[]);
+        self.send_to_bus(&gone, &[]);
         if is_standby {
             return self.on_standby_end(index, lived, &sentence);
         }
@@ -244,7 +244,7 @@ impl Supervisor {
         self.fail_swap(index, generation, &format!("{sentence}; {then}"));
     }
 
-    /// A successor that is no use any more, without a word to anybody but `bulkhead-vcpu`.
+    /// A successor that is no use any more, without a word to anybody but `bulkhead-bus`.
     pub(super) fn dismiss_successor(&mut self, index: usize) {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
@@ -255,7 +255,7 @@ impl Supervisor {
                 room: index,
                 generation,
             });
-            self.send_to_vcpu(&SupervisorToVcpu::ServerGone { device, generation }, &[]);
+            self.send_to_bus(&SupervisorToBus::ServerGone { device, generation }, &[]);
         }
     }
 
@@ -315,7 +315,7 @@ impl Supervisor {
         }
     }
 
-    /// `bulkhead-vcpu` has just been told that the old server is gone: the successor serves. False: there is none.
+    /// `bulkhead-bus` has just been told that the old server is gone: the successor serves. False: there is none.
     pub(super) fn promote(&mut self, index: usize) -> bool {
         let Some(room) = self.rooms.get_mut(index) else {
             return false;

@@ -25,6 +25,8 @@ pub enum Timer {
     Standby { room: usize },
     /// Start another keeper.
     Keeper,
+    /// `bulkhead-bus` has ended as it does when `bulkhead-vcpu` has.
+    VcpuEndOverdue,
     /// A process that was asked to end has not.
     EndOverdue,
     /// Ask the servers whether they still turn.

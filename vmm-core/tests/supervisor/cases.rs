@@ -61,6 +61,10 @@ pub const ALL: &[(&str, fn())] = &[
         the_death_of_the_vcpu_process_ends_the_vm_with_status_4,
     ),
     (
+        "the_death_of_the_control_plane_ends_the_vm_with_status_4",
+        the_death_of_the_control_plane_ends_the_vm_with_status_4,
+    ),
+    (
         "a_signal_ends_everything_in_order",
         a_signal_ends_everything_in_order,
     ),
@@ -127,7 +131,7 @@ impl Place {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let this = std::env::current_exe().expect("known");
-        for program in ["bulkhead-vcpu", "bulkhead-block"] {
+        for program in ["bulkhead-vcpu", "bulkhead-bus", "bulkhead-block"] {
             symlink(&this, folder.path().join(program)).expect("linked");
         }
         std::fs::write(folder.path().join("kernel"), halting_kernel()).expect("written");
@@ -349,7 +353,7 @@ fn a_server_that_dies_gets_a_successor() {
 
 fn a_server_that_is_accused_gets_a_successor() {
     let ended = Place::new().run(&["--cmdline", "accuse", "--disk", "memory=1M"]);
-    ended.expect(0, "disk0 (server 1) killed by SIGKILL (bulkhead-vcpu says: lied)");
+    ended.expect(0, "disk0 (server 1) killed by SIGKILL (bulkhead-bus says: lied)");
     assert!(ended.stdout.contains("a successor came"), "{:?}", ended.stdout);
 }
 
@@ -424,6 +428,19 @@ fn the_death_of_the_vcpu_process_ends_the_vm_with_status_4() {
         .expect(4, "it does not speak our protocol");
 }
 
+fn the_death_of_the_control_plane_ends_the_vm_with_status_4() {
+    let place = Place::new();
+    for (play, why) in [
+        ("die-bus", "bulkhead-bus killed by SIGABRT"),
+        ("garbage-bus", "it does not speak our protocol"),
+        ("lose-bus", "bulkhead-bus ended by itself"),
+    ] {
+        place
+            .run(&["--cmdline", play, "--disk", "memory=1M"])
+            .expect(4, why);
+    }
+}
+
 fn a_signal_ends_everything_in_order() {
     for (signal, status) in [
         (Signal::SIGTERM, 143),
@@ -433,7 +450,7 @@ fn a_signal_ends_everything_in_order() {
         let place = Place::new();
         let running = place.start(&["--cmdline", "hang", "--disk", "memory=1M"]);
         let processes = place.wait_until_it_runs();
-        assert_eq!(processes.len(), 3);
+        assert_eq!(processes.len(), 4);
         running.signal(signal);
         running.wait().expect(status, "ended by signal");
         assert!(processes.iter().all(|(_, process)| is_gone(*process)));
@@ -468,7 +485,7 @@ fn the_control_socket_tells_inspects_and_stops() {
         }
     }
     for (path, value) in [
-        ("vcpu.bus.connection", "played"),
+        ("bus.connection", "played"),
         ("disk0.generation", "1"),
         ("supervisor.disk0.state", "serves"),
         ("supervisor.state", "running"),

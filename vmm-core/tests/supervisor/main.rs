@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     let name = args.next().unwrap_or_default();
     match name.rsplit('/').next() {
         Some("bulkhead-vcpu") => return played::vcpu(),
+        Some("bulkhead-bus") => return played::bus(),
         Some("bulkhead-block") => return played::server(None),
         Some(name) => {
             if let Some(play) = name.strip_prefix(played::SWAPPED) {

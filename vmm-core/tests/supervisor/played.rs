@@ -9,10 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 use vmbus::ipc::server_start::NamedFds;
 use vmbus::ipc::{
-    BootPlan, ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToServer,
-    SupervisorToVcpu, VcpuToSupervisor,
+    BootPlan, BusToSupervisor, ExitCause, Message, PeerFault, ServerToSupervisor, Socket, SupervisorToBus,
+    SupervisorToServer, SupervisorToVcpu, VcpuToSupervisor,
 };
 use vmm_core::pc::memory_map::COMMAND_LINE;
 
@@ -60,6 +61,74 @@ fn command_line(plan: &BootPlan, fds: &mut NamedFds) -> String {
     String::from_utf8(text).expect("text")
 }
 
+/// What the played `bulkhead-bus` says to the played `bulkhead-vcpu`: its socket to the supervisor, because one of them
+/// plays for both.
+#[derive(Serialize, Deserialize)]
+struct Handover {
+    /// Of a kind that a decoder can tell from nothing at all.
+    mark: u32,
+}
+
+impl Message for Handover {
+    fn name(&self) -> &'static str {
+        "Handover"
+    }
+
+    fn descriptor_count(&self) -> usize {
+        1
+    }
+}
+
+pub fn bus() -> ExitCode {
+    let mut socket = control();
+    let Some((SupervisorToBus::Start { .. }, mut fds)) = next(&mut socket) else {
+        return ExitCode::FAILURE;
+    };
+    let mut vcpu = Socket::new(fds.pop().expect("a socket"));
+    let ready = BusToSupervisor::Ready { report: report(&[]) };
+    // The supervisor may be gone, and the vCPU process, too; then there is nobody to play for.
+    socket.send(&ready, &[]).ok();
+    vcpu.send(&Handover { mark: 1 }, &[socket.as_fd()]).ok();
+    drop(socket);
+    match next::<Handover>(&mut vcpu) {
+        None => ExitCode::SUCCESS,
+        Some(_) => std::process::abort(),
+    }
+}
+
+/// What one who plays for both hears.
+enum Heard {
+    Vcpu(SupervisorToVcpu),
+    Bus(SupervisorToBus, Vec<OwnedFd>),
+}
+
+impl Heard {
+    fn name(&self) -> &'static str {
+        match self {
+            Heard::Vcpu(message) => message.name(),
+            Heard::Bus(message, _) => message.name(),
+        }
+    }
+}
+
+/// The next message of either; `None` at the end of one.
+fn hear(vcpu: &mut Socket, bus: &mut Socket) -> Option<Heard> {
+    loop {
+        let ready = {
+            let mut list = [&*bus, &*vcpu].map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+            poll(&mut list, PollTimeout::NONE).expect("polled");
+            list.map(|fd| fd.any().unwrap_or(false))
+        };
+        if ready[0] {
+            let (message, fds) = next(bus)?;
+            return Some(Heard::Bus(message, fds));
+        }
+        if ready[1] {
+            return Some(Heard::Vcpu(next(vcpu)?.0));
+        }
+    }
+}
+
 pub fn vcpu() -> ExitCode {
     let mut socket = control();
     let Some((
@@ -91,29 +160,44 @@ pub fn vcpu() -> ExitCode {
     if play != "slow" {
         say(&mut socket, VcpuToSupervisor::Ready { report: report(&[]) });
     }
+    let mut link = Socket::new(fds.take("bus").expect("there"));
+    let Some((Handover { .. }, mut handed)) = next(&mut link) else {
+        return ExitCode::FAILURE;
+    };
+    let mut bus = Socket::new(handed.pop().expect("a socket"));
     let mut links = Vec::new();
     let mut place = ServingPlace::default();
     let mut heard = Vec::new();
-    while let Some((message, mut fds)) = next::<SupervisorToVcpu>(&mut socket) {
+    while let Some(message) = hear(&mut socket, &mut bus) {
         heard.push(message.name());
         if let (
             "watch" | "watch-loop" | "watch-serve",
-            SupervisorToVcpu::ServerAttached { generation, .. }
-            | SupervisorToVcpu::ServerGone { generation, .. },
+            Heard::Bus(
+                SupervisorToBus::ServerAttached { generation, .. }
+                | SupervisorToBus::ServerGone { generation, .. },
+                _,
+            ),
         ) = (play.as_str(), &message)
         {
             writeln!(console_out, "{} {generation}", message.name()).expect("written");
         }
         let serves = place.on_message(&message);
         match message {
-            SupervisorToVcpu::AddDevice { .. } | SupervisorToVcpu::ServerAttached { .. } => {
+            Heard::Bus(
+                SupervisorToBus::AddDevice { .. } | SupervisorToBus::ServerAttached { .. },
+                mut fds,
+            ) => {
                 links.push(Socket::new(fds.pop().expect("a link")));
             }
-            SupervisorToVcpu::Inspect => {
-                let entries = vec![("bus.connection".to_owned(), "played".to_owned())];
+            Heard::Bus(SupervisorToBus::Inspect, _) => {
+                let entries = vec![("connection".to_owned(), "played".to_owned())];
+                bus.send(&BusToSupervisor::Inspect { entries }, &[]).ok();
+            }
+            Heard::Vcpu(SupervisorToVcpu::Inspect) => {
+                let entries = vec![("state".to_owned(), "played".to_owned())];
                 say(&mut socket, VcpuToSupervisor::Inspect { entries });
             }
-            SupervisorToVcpu::Quit if play != "ignore-quit" => {
+            Heard::Vcpu(SupervisorToVcpu::Quit) if play != "ignore-quit" => {
                 say(
                     &mut socket,
                     VcpuToSupervisor::Exited {
@@ -122,7 +206,7 @@ pub fn vcpu() -> ExitCode {
                 );
                 return ExitCode::SUCCESS;
             }
-            SupervisorToVcpu::Run => {
+            Heard::Vcpu(SupervisorToVcpu::Run) => {
                 writeln!(console_out, "the guest runs").expect("written");
                 match play.as_str() {
                     "poweroff" => return power_off(&mut socket),
@@ -151,14 +235,24 @@ pub fn vcpu() -> ExitCode {
                         write!(console_out, "{text}").expect("written");
                         return power_off(&mut socket);
                     }
-                    "accuse" => say(
-                        &mut socket,
-                        VcpuToSupervisor::ServerMisbehaves {
+                    "accuse" => {
+                        let accusation = BusToSupervisor::ServerMisbehaves {
                             device: 0,
                             generation: 1,
                             why: "lied".to_owned(),
-                        },
-                    ),
+                        };
+                        bus.send(&accusation, &[]).expect("sent");
+                    }
+                    // The sign for the played bulkhead-bus to die.
+                    "die-bus" => link.send(&Handover { mark: 1 }, &[socket.as_fd()]).expect("sent"),
+                    "garbage-bus" => {
+                        nix::unistd::write(&bus, b"garbage").expect("written");
+                    }
+                    // It believes that the vCPU process has ended.
+                    "lose-bus" => {
+                        let nobody = Socket::new(vmbus::ipc::pair().expect("a pair").0);
+                        link = nobody;
+                    }
                     // The sign for a played server to die.
                     "succeed" | "watch-loop" => {
                         nix::unistd::write(&links[0], b"die").expect("written");
@@ -166,10 +260,6 @@ pub fn vcpu() -> ExitCode {
                     _ => {}
                 }
             }
-            SupervisorToVcpu::ServerGone {
-                device: 0,
-                generation: 1,
-            } => {}
             _ => {}
         }
         if play == "watch-serve" && serves {
@@ -196,11 +286,14 @@ struct ServingPlace {
 
 impl ServingPlace {
     /// Whether the newest server serves from now on. (The first one does so by itself.)
-    fn on_message(&mut self, message: &SupervisorToVcpu) -> bool {
+    fn on_message(&mut self, message: &Heard) -> bool {
+        let Heard::Bus(message, _) = message else {
+            return false;
+        };
         match message {
-            SupervisorToVcpu::AddDevice { .. } => self.serving = Some(1),
-            SupervisorToVcpu::ServerAttached { generation, .. } => self.waiting = Some(*generation),
-            SupervisorToVcpu::ServerGone { generation, .. } => {
+            SupervisorToBus::AddDevice { .. } => self.serving = Some(1),
+            SupervisorToBus::ServerAttached { generation, .. } => self.waiting = Some(*generation),
+            SupervisorToBus::ServerGone { generation, .. } => {
                 self.serving.take_if(|serving| serving == generation);
                 self.waiting.take_if(|waiting| waiting == generation);
             }
@@ -244,7 +337,7 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
     else {
         return ExitCode::FAILURE;
     };
-    assert_eq!(names, ["vcpu", "journal", "disk", "recorder"]);
+    assert_eq!(names, ["bus", "journal", "disk", "recorder"]);
     let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
     let serial = config["disks"][0]["serial"].as_str().unwrap_or_default();
     let play = swapped.unwrap_or(serial).to_owned();

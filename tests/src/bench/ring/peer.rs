@@ -28,7 +28,7 @@ impl Peer {
     pub(super) fn start() -> Result<Peer> {
         let memory = sealed_memfd("bench-ring", AREA_BYTES)?;
         let shared = Shared::map(memory.as_fd())?;
-        let (vcpu, server) = vmbus::ipc::pair().context("cannot make a pair of sockets")?;
+        let (bus, server) = vmbus::ipc::pair().context("cannot make a pair of sockets")?;
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut child = Command::new(program)
             .arg("bench-peer")
@@ -36,7 +36,7 @@ impl Peer {
             .stdout(Stdio::from(server))
             .spawn()
             .context("cannot start the reading process")?;
-        match Guest::new(vcpu) {
+        match Guest::new(bus) {
             Ok(guest) => Ok(Peer {
                 shared,
                 guest,
@@ -119,7 +119,7 @@ impl Drop for Peer {
 }
 
 /// The other process: reads what the first one writes, until it is told to quit. Its standard input is the shared area, its
-/// standard output the socket to `bulkhead-vcpu`, whom the first one plays.
+/// standard output the socket to `bulkhead-bus`, whom the first one plays.
 pub fn peer() -> Result<ExitCode> {
     let shared = Shared::map(std::io::stdin().as_fd())?;
     let mut server = Server::new(std::io::stdout().as_fd().try_clone_to_owned()?)?;

@@ -36,10 +36,10 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// Opens a channel to the server at the other end of `vcpu`.
-    pub(super) fn new(vcpu: OwnedFd) -> Result<Guest> {
+    /// Opens a channel to the server at the other end of `bus`.
+    pub(super) fn new(bus: OwnedFd) -> Result<Guest> {
         let mut guest = SyntheticGuest::new(GuestOptions::default())?;
-        guest.attach(vcpu, deadline())?;
+        guest.attach(bus, deadline())?;
         let channel = guest.open_channel(ChannelOptions {
             // The control page and the data area.
             ring_pages: (DATA_BYTES / PAGE_BYTES) as u32 + 1,
@@ -155,8 +155,8 @@ pub(super) struct Server {
 
 impl Server {
     /// Waits for the guest to open its channel.
-    pub(super) fn new(vcpu: OwnedFd) -> Result<Server> {
-        let mut port = Port::new(vcpu, PlayedSupervisor::new_journal()?, 1)?;
+    pub(super) fn new(bus: OwnedFd) -> Result<Server> {
+        let mut port = Port::new(bus, PlayedSupervisor::new_journal()?, 1)?;
         let mut io = Uring::new(8)?;
         let endpoint = loop {
             io.poll_add(File::Fd(std::os::fd::AsFd::as_fd(&port)), libc::POLLIN, false, 0)?;

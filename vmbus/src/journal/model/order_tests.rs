@@ -206,7 +206,7 @@ impl World {
         self.guest.server_gone();
         let mut port = self.port(2);
         let recovered = kill_after(stores, || {
-            for event in port.on_readable().expect("bulkhead-vcpu behaves") {
+            for event in port.on_readable().expect("bulkhead-bus behaves") {
                 let PortEvent::ChannelOpened(_, recovered) = event else {
                     continue;
                 };
@@ -221,7 +221,7 @@ impl World {
 }
 
 fn opened(port: &mut Port) -> Endpoint {
-    let events = port.on_readable().expect("bulkhead-vcpu behaves");
+    let events = port.on_readable().expect("bulkhead-bus behaves");
     let opened = events.into_iter().find_map(|event| match event {
         PortEvent::ChannelOpened(endpoint, _) => Some(*endpoint),
         _ => None,

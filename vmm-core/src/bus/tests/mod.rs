@@ -10,14 +10,13 @@ mod table;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::messages::{ServerToVcpu, VcpuToServer};
+use vmbus::ipc::messages::{BusToServer, ServerToBus};
 use vmbus::mem::RamLayout;
 use vmbus::wire::{
     ChannelId, GpadlBody, GpadlHeader, GpadlId, GuestToHost, Guid, HostToGuest, InitiateContact, Offer,
     OpenChannel, Version,
 };
 
-use super::action::connection_id;
 use super::{Action, Bus, DeadlineId, DeviceId, DeviceOffer, PostStatus};
 
 const DISK: DeviceId = DeviceId(0);
@@ -33,7 +32,7 @@ struct ServerModel {
     gpadls: BTreeSet<u32>,
     /// Channel to open epoch.
     open: BTreeMap<u32, u32>,
-    inbox: VecDeque<VcpuToServer>,
+    inbox: VecDeque<BusToServer>,
 }
 
 /// The world around the bus.
@@ -207,7 +206,7 @@ impl World {
         let generation = self.connect(device);
         self.say(
             device,
-            ServerToVcpu::Hello {
+            ServerToBus::Hello {
                 protocol: PROTOCOL,
                 generation,
             },
@@ -228,25 +227,25 @@ impl World {
         generation
     }
 
-    fn say(&mut self, device: DeviceId, message: ServerToVcpu) {
+    fn say(&mut self, device: DeviceId, message: ServerToBus) {
         let Some(server) = self.servers.get_mut(&device) else {
             return;
         };
         match message {
-            ServerToVcpu::Hello { .. } => server.attached = true,
-            ServerToVcpu::GpadlReleased { gpadl } => {
+            ServerToBus::Hello { .. } => server.attached = true,
+            ServerToBus::GpadlReleased { gpadl } => {
                 server.gpadls.remove(&gpadl);
             }
-            ServerToVcpu::ChannelClosed { channel, open_epoch } => {
+            ServerToBus::ChannelClosed { channel, open_epoch } => {
                 if server.open.get(&channel) == Some(&open_epoch) {
                     server.open.remove(&channel);
                 }
             }
-            ServerToVcpu::Quiesced { .. } => {
+            ServerToBus::Quiesced { .. } => {
                 server.gpadls.clear();
                 server.open.clear();
             }
-            ServerToVcpu::OfferSubChannels { .. } | ServerToVcpu::ChannelBroken { .. } => {}
+            ServerToBus::OfferSubChannels { .. } | ServerToBus::ChannelBroken { .. } => {}
         }
         let generation = server.generation;
         let actions = self.bus.on_server_message(device, generation, message);
@@ -260,17 +259,17 @@ impl World {
         };
         while let Some(message) = server.inbox.pop_front() {
             let answer = match message {
-                VcpuToServer::CloseChannel { channel, open_epoch } => {
-                    ServerToVcpu::ChannelClosed { channel, open_epoch }
+                BusToServer::CloseChannel { channel, open_epoch } => {
+                    ServerToBus::ChannelClosed { channel, open_epoch }
                 }
-                VcpuToServer::TeardownGpadl { gpadl } => ServerToVcpu::GpadlReleased { gpadl },
-                VcpuToServer::Quiesce { token } => ServerToVcpu::Quiesced { token },
-                VcpuToServer::Attach { .. }
-                | VcpuToServer::Serve
-                | VcpuToServer::HandedOver
-                | VcpuToServer::Gpadl { .. }
-                | VcpuToServer::OpenChannel { .. }
-                | VcpuToServer::Retarget { .. } => continue,
+                BusToServer::TeardownGpadl { gpadl } => ServerToBus::GpadlReleased { gpadl },
+                BusToServer::Quiesce { token } => ServerToBus::Quiesced { token },
+                BusToServer::Attach { .. }
+                | BusToServer::Serve
+                | BusToServer::HandedOver
+                | BusToServer::Gpadl { .. }
+                | BusToServer::OpenChannel { .. }
+                | BusToServer::Retarget { .. } => continue,
             };
             self.say(device, answer);
             return true;
@@ -298,11 +297,11 @@ impl World {
     }
 
     /// The successor speaks.
-    fn say_waiting(&mut self, device: DeviceId, message: ServerToVcpu) {
+    fn say_waiting(&mut self, device: DeviceId, message: ServerToBus) {
         let Some(server) = self.waiting.get_mut(&device) else {
             return;
         };
-        server.attached |= matches!(message, ServerToVcpu::Hello { .. });
+        server.attached |= matches!(message, ServerToBus::Hello { .. });
         let generation = server.generation;
         let actions = self.bus.on_server_message(device, generation, message);
         self.act(actions);
@@ -312,7 +311,7 @@ impl World {
     fn attach_waiting(&mut self, device: DeviceId) {
         let generation = self.connect_waiting(device);
         let protocol = PROTOCOL;
-        self.say_waiting(device, ServerToVcpu::Hello { protocol, generation });
+        self.say_waiting(device, ServerToBus::Hello { protocol, generation });
     }
 
     /// The process of the successor dies and is reaped.
@@ -344,7 +343,7 @@ impl World {
             .collect()
     }
 
-    fn inbox(&self, device: DeviceId) -> Vec<VcpuToServer> {
+    fn inbox(&self, device: DeviceId) -> Vec<BusToServer> {
         self.servers
             .get(&device)
             .map(|server| server.inbox.iter().cloned().collect())
@@ -427,20 +426,8 @@ impl World {
     fn act_one(&mut self, action: Action) {
         match action {
             Action::PostToGuest { vp, message } => self.on_post(vp, message),
-            Action::BindSignal {
-                channel,
-                connection_id: id,
-            } => {
-                assert_eq!(id, connection_id(channel));
-                assert!(self.kicks.insert(channel.0), "bound twice");
-            }
-            Action::UnbindSignal {
-                channel,
-                connection_id: id,
-            } => {
-                assert_eq!(id, connection_id(channel));
-                assert!(self.kicks.remove(&channel.0), "unbound twice");
-            }
+            Action::BindSignal { channel } => assert!(self.kicks.insert(channel.0), "bound twice"),
+            Action::UnbindSignal { channel } => assert!(self.kicks.remove(&channel.0), "unbound twice"),
             Action::BindInterrupt { channel, vp } => {
                 assert!(vp < VPS);
                 assert!(self.interrupts.insert(channel.0, vp).is_none(), "bound twice");
@@ -519,13 +506,13 @@ impl World {
         self.posted.push((vp, message));
     }
 
-    fn on_send(&mut self, device: DeviceId, generation: u32, message: VcpuToServer) {
+    fn on_send(&mut self, device: DeviceId, generation: u32, message: BusToServer) {
         if let Some(waiting) = self.waiting.get_mut(&device)
             && waiting.generation == generation
         {
             assert!(waiting.attached, "only after its hello");
             assert!(
-                matches!(message, VcpuToServer::Attach { .. }),
+                matches!(message, BusToServer::Attach { .. }),
                 "told {message:?} while it waits"
             );
             waiting.inbox.push_back(message);
@@ -538,15 +525,15 @@ impl World {
         assert_eq!(server.generation, generation);
         assert!(server.attached, "only after its hello");
         match &message {
-            VcpuToServer::Attach { vp_count, .. } => {
+            BusToServer::Attach { vp_count, .. } => {
                 assert_eq!(*vp_count, VPS);
                 assert!(server.inbox.is_empty(), "Attach comes first");
             }
-            VcpuToServer::Gpadl { gpadl, pages, .. } => {
+            BusToServer::Gpadl { gpadl, pages, .. } => {
                 assert!(server.gpadls.insert(*gpadl), "told twice");
                 assert!(pages.iter().all(|page| *page < RAM_BYTES / 4096));
             }
-            VcpuToServer::OpenChannel {
+            BusToServer::OpenChannel {
                 channel,
                 open_epoch,
                 ring_gpadl,
@@ -567,14 +554,14 @@ impl World {
                 assert!(self.kicks.contains(channel));
                 assert_eq!(self.interrupts.get(channel), Some(target_vp));
             }
-            VcpuToServer::Retarget {
+            BusToServer::Retarget {
                 channel, open_epoch, ..
             }
-            | VcpuToServer::CloseChannel { channel, open_epoch } => {
+            | BusToServer::CloseChannel { channel, open_epoch } => {
                 assert_eq!(server.open.get(channel), Some(open_epoch));
             }
-            VcpuToServer::TeardownGpadl { gpadl } => assert!(server.gpadls.contains(gpadl)),
-            VcpuToServer::Quiesce { .. } | VcpuToServer::Serve | VcpuToServer::HandedOver => {}
+            BusToServer::TeardownGpadl { gpadl } => assert!(server.gpadls.contains(gpadl)),
+            BusToServer::Quiesce { .. } | BusToServer::Serve | BusToServer::HandedOver => {}
         }
         server.inbox.push_back(message);
     }

@@ -78,7 +78,7 @@ enum Step {
     },
     Lie {
         device: u32,
-        message: ServerToVcpu,
+        message: ServerToBus,
     },
     Late {
         nth: usize,
@@ -99,17 +99,17 @@ fn vp() -> impl Strategy<Value = u32> {
     prop_oneof![6 => 0..u32::from(VPS), 1 => any::<u32>()]
 }
 
-fn server_message() -> impl Strategy<Value = ServerToVcpu> {
+fn server_message() -> impl Strategy<Value = ServerToBus> {
     prop_oneof![
-        1 => (any::<bool>(), 0..4u32).prop_map(|(right, generation)| ServerToVcpu::Hello {
+        1 => (any::<bool>(), 0..4u32).prop_map(|(right, generation)| ServerToBus::Hello {
             protocol: PROTOCOL + u32::from(!right),
             generation
         }),
-        6 => (0..5u16).prop_map(|count| ServerToVcpu::OfferSubChannels { count }),
-        1 => (channel(), 0..20u32).prop_map(|(channel, open_epoch)| ServerToVcpu::ChannelClosed { channel, open_epoch }),
-        1 => gpadl().prop_map(|gpadl| ServerToVcpu::GpadlReleased { gpadl }),
-        1 => (0..5u64).prop_map(|token| ServerToVcpu::Quiesced { token }),
-        1 => (channel(), 0..20u32).prop_map(|(channel, open_epoch)| ServerToVcpu::ChannelBroken {
+        6 => (0..5u16).prop_map(|count| ServerToBus::OfferSubChannels { count }),
+        1 => (channel(), 0..20u32).prop_map(|(channel, open_epoch)| ServerToBus::ChannelClosed { channel, open_epoch }),
+        1 => gpadl().prop_map(|gpadl| ServerToBus::GpadlReleased { gpadl }),
+        1 => (0..5u64).prop_map(|token| ServerToBus::Quiesced { token }),
+        1 => (channel(), 0..20u32).prop_map(|(channel, open_epoch)| ServerToBus::ChannelBroken {
             channel,
             open_epoch,
             why: String::new()
@@ -230,7 +230,7 @@ fn apply(world: &mut World, step: Step) {
         }
         Step::DieWaiting { device } => world.die_waiting(DeviceId(device)),
         Step::SpeakWaiting { device } => {
-            world.say_waiting(DeviceId(device), ServerToVcpu::OfferSubChannels { count: 1 });
+            world.say_waiting(DeviceId(device), ServerToBus::OfferSubChannels { count: 1 });
         }
         Step::Lost { device } => {
             if let Some(server) = world.servers.get(&DeviceId(device)) {
@@ -258,28 +258,28 @@ fn apply(world: &mut World, step: Step) {
 }
 
 /// A lie releases nothing that is really held: the model lets go only if the bus could have asked for it.
-fn lie(world: &mut World, device: DeviceId, message: ServerToVcpu) {
+fn lie(world: &mut World, device: DeviceId, message: ServerToBus) {
     let Some(server) = world.servers.get_mut(&device) else {
         return;
     };
     // An acknowledgement before it was asked for is a lie; one after it (and not yet given) is the truth, early.
     let asked = server.inbox.iter().position(|asked| match (asked, &message) {
         (
-            VcpuToServer::CloseChannel { channel, open_epoch },
-            ServerToVcpu::ChannelClosed {
+            BusToServer::CloseChannel { channel, open_epoch },
+            ServerToBus::ChannelClosed {
                 channel: c,
                 open_epoch: e,
             },
         ) => (channel, open_epoch) == (c, e),
-        (VcpuToServer::TeardownGpadl { gpadl }, ServerToVcpu::GpadlReleased { gpadl: g }) => gpadl == g,
-        (VcpuToServer::Quiesce { token }, ServerToVcpu::Quiesced { token: t }) => token == t,
+        (BusToServer::TeardownGpadl { gpadl }, ServerToBus::GpadlReleased { gpadl: g }) => gpadl == g,
+        (BusToServer::Quiesce { token }, ServerToBus::Quiesced { token: t }) => token == t,
         _ => false,
     });
     if let Some(position) = asked {
         server.inbox.remove(position);
         return world.say(device, message);
     }
-    if let ServerToVcpu::Hello {
+    if let ServerToBus::Hello {
         protocol: PROTOCOL,
         generation,
     } = message

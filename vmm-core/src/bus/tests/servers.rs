@@ -11,8 +11,8 @@ fn up(world: &mut World) -> ChannelId {
 }
 
 fn opens(world: &World) -> Vec<(u32, u32, bool)> {
-    let open = |message: &VcpuToServer| match *message {
-        VcpuToServer::OpenChannel {
+    let open = |message: &BusToServer| match *message {
+        BusToServer::OpenChannel {
             channel,
             open_epoch,
             fresh,
@@ -33,11 +33,11 @@ fn a_server_that_attaches_late_hears_the_whole_truth_afresh() {
     assert!(matches!(
         inbox[..],
         [
-            VcpuToServer::Attach { .. },
-            VcpuToServer::Serve,
-            VcpuToServer::Gpadl { .. },
-            VcpuToServer::OpenChannel { fresh: true, .. },
-            VcpuToServer::HandedOver,
+            BusToServer::Attach { .. },
+            BusToServer::Serve,
+            BusToServer::Gpadl { .. },
+            BusToServer::OpenChannel { fresh: true, .. },
+            BusToServer::HandedOver,
         ]
     ));
     assert_eq!(opens(&world), [(disk.0, 1, true)]);
@@ -61,7 +61,7 @@ fn a_successor_hears_the_same_and_recovers() {
     assert_eq!(opens(&world), [(disk.0, 1, false)]);
     assert!(matches!(
         world.inbox(DISK)[3],
-        VcpuToServer::OpenChannel { target_vp: 3, .. }
+        BusToServer::OpenChannel { target_vp: 3, .. }
     ));
     assert_eq!(world.heard(), []);
     assert!(world.kicks.contains(&disk.0));
@@ -157,7 +157,7 @@ fn messages_of_a_stale_generation_are_dropped() {
     world.die(DISK);
     world.attach(DISK);
     world.close(disk);
-    let closed = ServerToVcpu::ChannelClosed {
+    let closed = ServerToBus::ChannelClosed {
         channel: disk.0,
         open_epoch: 1,
     };
@@ -176,27 +176,27 @@ fn messages_of_a_stale_generation_are_dropped() {
 
 #[test]
 fn a_server_that_lies_is_condemned_and_not_heard_any_more() {
-    let lies: [fn(ChannelId) -> ServerToVcpu; 8] = [
-        |_| ServerToVcpu::Hello {
+    let lies: [fn(ChannelId) -> ServerToBus; 8] = [
+        |_| ServerToBus::Hello {
             protocol: PROTOCOL,
             generation: 1,
         },
-        |disk| ServerToVcpu::ChannelClosed {
+        |disk| ServerToBus::ChannelClosed {
             channel: disk.0,
             open_epoch: 1,
         },
-        |_| ServerToVcpu::ChannelClosed {
+        |_| ServerToBus::ChannelClosed {
             channel: 2,
             open_epoch: 1,
         },
-        |_| ServerToVcpu::ChannelClosed {
+        |_| ServerToBus::ChannelClosed {
             channel: u32::MAX,
             open_epoch: u32::MAX,
         },
-        |_| ServerToVcpu::GpadlReleased { gpadl: 0x100 },
-        |_| ServerToVcpu::GpadlReleased { gpadl: 0 },
-        |_| ServerToVcpu::Quiesced { token: 1 },
-        |_| ServerToVcpu::OfferSubChannels { count: 4 },
+        |_| ServerToBus::GpadlReleased { gpadl: 0x100 },
+        |_| ServerToBus::GpadlReleased { gpadl: 0 },
+        |_| ServerToBus::Quiesced { token: 1 },
+        |_| ServerToBus::OfferSubChannels { count: 4 },
     ];
     for lie in lies {
         let mut world = World::booted();
@@ -208,7 +208,7 @@ fn a_server_that_lies_is_condemned_and_not_heard_any_more() {
         // What it may touch stays held until it is gone.
         world.close(disk);
         world.teardown(disk, 0x100);
-        let released = ServerToVcpu::GpadlReleased { gpadl: 0x100 };
+        let released = ServerToBus::GpadlReleased { gpadl: 0x100 };
         let actions = world.bus.on_server_message(DISK, 1, released);
         world.act(actions);
         assert_eq!(world.heard(), [], "{lie:?}");
@@ -231,11 +231,11 @@ fn a_server_cannot_speak_for_the_device_of_another() {
     world.close(disk);
     world.teardown(disk, 0x100);
     for message in [
-        ServerToVcpu::ChannelClosed {
+        ServerToBus::ChannelClosed {
             channel: disk.0,
             open_epoch: 1,
         },
-        ServerToVcpu::GpadlReleased { gpadl: 0x100 },
+        ServerToBus::GpadlReleased { gpadl: 0x100 },
     ] {
         let actions = world.bus.on_server_message(NIC, 1, message);
         world.act(actions);
@@ -248,15 +248,15 @@ fn a_server_cannot_speak_for_the_device_of_another() {
 #[test]
 fn a_wrong_hello_is_condemned() {
     for hello in [
-        ServerToVcpu::Hello {
+        ServerToBus::Hello {
             protocol: PROTOCOL + 1,
             generation: 1,
         },
-        ServerToVcpu::Hello {
+        ServerToBus::Hello {
             protocol: PROTOCOL,
             generation: 2,
         },
-        ServerToVcpu::OfferSubChannels { count: 1 },
+        ServerToBus::OfferSubChannels { count: 1 },
     ] {
         let mut world = World::without_servers();
         world.connect(DISK);
@@ -301,7 +301,7 @@ fn a_sub_channel_request_that_crosses_a_close_is_ignored() {
     let mut world = World::booted();
     let disk = up(&mut world);
     world.close(disk);
-    world.say(DISK, ServerToVcpu::OfferSubChannels { count: 2 });
+    world.say(DISK, ServerToBus::OfferSubChannels { count: 2 });
     world.serve(DISK);
     assert_eq!(world.heard(), []);
     world.gpadl_and_open(disk, 0x101);
@@ -318,7 +318,7 @@ fn a_sub_channel_request_that_crosses_a_close_is_ignored() {
 fn a_broken_channel_stays_open_until_the_guest_closes_it() {
     let mut world = World::booted();
     let disk = up(&mut world);
-    let broken = |open_epoch| ServerToVcpu::ChannelBroken {
+    let broken = |open_epoch| ServerToBus::ChannelBroken {
         channel: disk.0,
         open_epoch,
         why: "write index\n out of range".to_owned(),
@@ -345,7 +345,7 @@ fn a_successor_waits_with_the_memory_and_serves_when_its_predecessor_is_gone() {
     world.attach_waiting(DISK);
     assert!(matches!(
         world.waiting[&DISK].inbox.iter().collect::<Vec<_>>()[..],
-        [VcpuToServer::Attach { .. }]
+        [BusToServer::Attach { .. }]
     ));
     // What happens meanwhile is told to the one that serves; the successor hears what came of it.
     world.guest(GuestToHost::ModifyChannel {
@@ -358,15 +358,15 @@ fn a_successor_waits_with_the_memory_and_serves_when_its_predecessor_is_gone() {
         matches!(
             inbox[..],
             [
-                VcpuToServer::Attach { .. },
-                VcpuToServer::Serve,
-                VcpuToServer::Gpadl { .. },
-                VcpuToServer::OpenChannel {
+                BusToServer::Attach { .. },
+                BusToServer::Serve,
+                BusToServer::Gpadl { .. },
+                BusToServer::OpenChannel {
                     fresh: false,
                     target_vp: 2,
                     ..
                 },
-                VcpuToServer::HandedOver,
+                BusToServer::HandedOver,
             ]
         ),
         "{inbox:?}"
@@ -386,7 +386,7 @@ fn a_successor_that_says_hello_after_its_predecessor_has_gone_is_told_all_at_onc
     world.die(DISK);
     assert!(world.inbox(DISK).is_empty());
     let protocol = PROTOCOL;
-    world.say(DISK, ServerToVcpu::Hello { protocol, generation });
+    world.say(DISK, ServerToBus::Hello { protocol, generation });
     assert_eq!(opens(&world), [(disk.0, 1, false)]);
 }
 
@@ -398,16 +398,16 @@ fn a_successor_that_dies_or_lies_does_not_touch_the_one_that_serves() {
     world.teardown(disk, 0x100);
     let owed = world.bus.waits.len();
     world.attach_waiting(DISK);
-    world.say_waiting(DISK, ServerToVcpu::GpadlReleased { gpadl: 0x100 });
+    world.say_waiting(DISK, ServerToBus::GpadlReleased { gpadl: 0x100 });
     assert_eq!(world.misbehaved.len(), 1);
     assert_eq!((world.heard(), world.bus.waits.len()), (vec![], owed));
     world.die_waiting(DISK);
     for hello in [
-        ServerToVcpu::Hello {
+        ServerToBus::Hello {
             protocol: PROTOCOL + 1,
             generation: 3,
         },
-        ServerToVcpu::Hello {
+        ServerToBus::Hello {
             protocol: PROTOCOL,
             generation: 99,
         },
@@ -449,7 +449,7 @@ fn a_third_server_is_refused() {
     world.attach_waiting(DISK);
     let actions = world.bus.server_attached(DISK, 3);
     world.act(actions);
-    let hello = ServerToVcpu::Hello {
+    let hello = ServerToBus::Hello {
         protocol: PROTOCOL,
         generation: 3,
     };

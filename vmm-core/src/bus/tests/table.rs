@@ -96,19 +96,19 @@ fn short(message: &HostToGuest) -> String {
     }
 }
 
-fn told(message: &VcpuToServer) -> String {
+fn told(message: &BusToServer) -> String {
     match message {
-        VcpuToServer::Attach { .. } => "attach".to_owned(),
-        VcpuToServer::Gpadl { gpadl, .. } => format!("gpadl {gpadl:x}"),
-        VcpuToServer::OpenChannel { channel, fresh, .. } => {
+        BusToServer::Attach { .. } => "attach".to_owned(),
+        BusToServer::Gpadl { gpadl, .. } => format!("gpadl {gpadl:x}"),
+        BusToServer::OpenChannel { channel, fresh, .. } => {
             format!("open {channel} {}", if *fresh { "fresh" } else { "recover" })
         }
-        VcpuToServer::Retarget { channel, .. } => format!("retarget {channel}"),
-        VcpuToServer::CloseChannel { channel, .. } => format!("close {channel}"),
-        VcpuToServer::TeardownGpadl { gpadl } => format!("teardown {gpadl:x}"),
-        VcpuToServer::Quiesce { .. } => "quiesce".to_owned(),
-        VcpuToServer::Serve => "serve".to_owned(),
-        VcpuToServer::HandedOver => "handed over".to_owned(),
+        BusToServer::Retarget { channel, .. } => format!("retarget {channel}"),
+        BusToServer::CloseChannel { channel, .. } => format!("close {channel}"),
+        BusToServer::TeardownGpadl { gpadl } => format!("teardown {gpadl:x}"),
+        BusToServer::Quiesce { .. } => "quiesce".to_owned(),
+        BusToServer::Serve => "serve".to_owned(),
+        BusToServer::HandedOver => "handed over".to_owned(),
     }
 }
 
@@ -119,7 +119,7 @@ fn table() -> String {
         for (event, happen) in EVENTS {
             let mut world = World::booted();
             world.gpadl_and_open(ChannelId(1), 0x100);
-            world.say(DISK, ServerToVcpu::OfferSubChannels { count: 1 });
+            world.say(DISK, ServerToBus::OfferSubChannels { count: 1 });
             let sub = world.channel(DISK, 1);
             world.gpadl(sub, 0x101, 8);
             world.gpadl(sub, 0x102, 8);

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Deadlines, kept by one timerfd that the control thread waits on. Without a deadline nothing ticks.
+//! The bus's deadlines, kept by one timerfd. Without a deadline nothing ticks.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,20 +11,11 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 
 use crate::bus::DeadlineId;
 
-/// What a deadline is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Alarm {
-    /// A deadline of the bus.
-    Bus(DeadlineId),
-    /// A message slot is full: look again.
-    Slots,
-}
-
-/// All alarms that are set. Bounded by what the bus waits for.
+/// All deadlines that are set. Bounded by what the bus waits for.
 #[derive(Debug)]
 pub struct Timers {
     fd: TimerFd,
-    alarms: BTreeMap<Alarm, Instant>,
+    alarms: BTreeMap<DeadlineId, Instant>,
     /// What the timerfd is set to.
     set_to: Option<Instant>,
 }
@@ -40,33 +31,24 @@ impl Timers {
         })
     }
 
-    /// Sets an alarm, instead of the one that was set before.
-    pub fn set(&mut self, alarm: Alarm, after: Duration) -> io::Result<()> {
+    /// Sets a deadline.
+    pub fn set(&mut self, alarm: DeadlineId, after: Duration) -> io::Result<()> {
         self.alarms.insert(alarm, Instant::now() + after);
         self.arm()
     }
 
-    /// Sets an alarm unless it is set.
-    pub fn ensure(&mut self, alarm: Alarm, after: Duration) -> io::Result<()> {
-        if self.alarms.contains_key(&alarm) {
-            Ok(())
-        } else {
-            self.set(alarm, after)
-        }
-    }
-
-    /// Forgets an alarm.
-    pub fn clear(&mut self, alarm: Alarm) -> io::Result<()> {
+    /// Forgets a deadline.
+    pub fn clear(&mut self, alarm: DeadlineId) -> io::Result<()> {
         match self.alarms.remove(&alarm) {
             Some(_) => self.arm(),
             None => Ok(()),
         }
     }
 
-    /// Takes the alarms whose time has come.
-    pub fn take_due(&mut self) -> io::Result<Vec<Alarm>> {
+    /// Takes the deadlines that have passed.
+    pub fn take_due(&mut self) -> io::Result<Vec<DeadlineId>> {
         let now = Instant::now();
-        let due: Vec<Alarm> = self
+        let due: Vec<DeadlineId> = self
             .alarms
             .iter()
             .filter(|(_, at)| **at <= now)
@@ -118,20 +100,18 @@ mod tests {
     #[test]
     fn the_earliest_alarm_wakes_and_only_what_is_due_is_taken() {
         let mut timers = Timers::new().expect("timerfd");
-        timers
-            .set(Alarm::Bus(DeadlineId(1)), Duration::from_secs(3600))
-            .expect("set");
-        timers.set(Alarm::Slots, Duration::from_millis(1)).expect("set");
+        timers.set(DeadlineId(1), Duration::from_secs(3600)).expect("set");
+        timers.set(DeadlineId(2), Duration::from_millis(1)).expect("set");
         assert!(is_readable(&timers, 10_000));
-        assert_eq!(timers.take_due().expect("taken"), [Alarm::Slots]);
+        assert_eq!(timers.take_due().expect("taken"), [DeadlineId(2)]);
         assert!(!is_readable(&timers, 0), "nothing else is due");
     }
 
     #[test]
     fn a_cleared_alarm_does_not_wake() {
         let mut timers = Timers::new().expect("timerfd");
-        timers.set(Alarm::Slots, Duration::from_millis(1)).expect("set");
-        timers.clear(Alarm::Slots).expect("cleared");
+        timers.set(DeadlineId(2), Duration::from_millis(1)).expect("set");
+        timers.clear(DeadlineId(2)).expect("cleared");
         assert!(!is_readable(&timers, 20));
         assert_eq!(timers.take_due().expect("taken"), []);
     }

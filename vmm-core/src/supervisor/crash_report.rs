@@ -30,6 +30,7 @@ const MAX_EVENTS: usize = 64;
 pub struct CrashReport {
     /// For example `disk0`.
     pub name: String,
+    /// Of a server; 0: it is none.
     pub generation: u32,
     pub process: i32,
     pub cause: ExitCause,
@@ -59,11 +60,14 @@ impl CrashReport {
     }
 
     fn text(&self) -> String {
+        let server = match self.generation {
+            0 => String::new(),
+            generation => format!(" (server {generation})"),
+        };
         let mut text = format!(
-            "{} {} (server {}) {}",
+            "{} {}{server} {}",
             utc(SystemTime::now()),
             self.name,
-            self.generation,
             self.cause()
         );
         if let Some(blame) = &self.blame {

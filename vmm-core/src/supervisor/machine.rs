@@ -101,7 +101,11 @@ impl Supervisor {
                 return;
             }
             Phase::Running => {
+                let failed = self.vcpu_failed.clone();
                 let outcome = self.outcome_of(cause);
+                if matches!(outcome, Outcome::VcpuDied(_)) {
+                    self.report_vcpu(cause, failed);
+                }
                 self.note(Event::Ending {
                     why: outcome.to_string(),
                 });

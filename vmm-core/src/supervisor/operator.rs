@@ -4,9 +4,11 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use sandbox::ExitCause;
+
 use super::chronicle::{Event, read_after};
 use super::control::{Reply, event_replies};
-use super::crash_report;
+use super::crash_report::{self, CrashReport};
 use super::report::{Outcome, say};
 use super::room::{Death, Server};
 use super::timers::Timer;
@@ -37,6 +39,25 @@ impl Supervisor {
             why: report.blame.clone(),
             report: Some(number),
         });
+        self.reports.push((number, report));
+    }
+
+    /// Has a report stored of the end of `bulkhead-vcpu`, of which the end of the VM tells.
+    pub(super) fn report_vcpu(&mut self, cause: ExitCause, blame: Option<String>) {
+        let number = self.next_report;
+        self.next_report = number.saturating_add(1);
+        let report = CrashReport {
+            name: "vcpu".to_owned(),
+            generation: 0,
+            process: self.vcpu.child.pid.as_raw(),
+            cause,
+            blame,
+            uptime: self.vcpu.started.elapsed(),
+            deaths: 1,
+            oom: self.oom.finding(),
+            log: self.vcpu.log.last_lines(),
+            recorder: None,
+        };
         self.reports.push((number, report));
     }
 

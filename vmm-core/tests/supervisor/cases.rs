@@ -423,6 +423,8 @@ fn the_death_of_the_vcpu_process_ends_the_vm_with_status_4() {
     place
         .run(&["--cmdline", "die", "--disk", "memory=1M"])
         .expect(4, "bulkhead-vcpu killed by SIGABRT");
+    let report = std::fs::read_to_string(place.path("run/vm/crashes/1.txt")).expect("a report");
+    assert!(report.contains(" vcpu killed by SIGABRT\n"), "{report}");
     place
         .run(&["--cmdline", "garbage", "--disk", "memory=1M"])
         .expect(4, "it does not speak our protocol");

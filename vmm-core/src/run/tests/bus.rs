@@ -1,0 +1,192 @@
+//! What passes between the guest and `bulkhead-bus`, and what that one must not do.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use vmbus::ipc::{BusToVcpu, VcpuToBus};
+
+use super::super::machine::MAX_POSTS_UNDER_WAY;
+use super::super::processor::Ending;
+use super::bench::Bench;
+use super::code::*;
+use crate::hyperv::hypercall::signal_connection;
+use crate::hyperv::msr;
+use crate::kvm::Event;
+
+/// HvPostMessage's block with an INITIATE_CONTACT for version 5.3 and this VP.
+fn initiate_contact() -> Vec<u8> {
+    let mut block = vec![0; 256];
+    block[0..4].copy_from_slice(&4u32.to_le_bytes());
+    block[8..12].copy_from_slice(&1u32.to_le_bytes());
+    block[12..16].copy_from_slice(&0x28u32.to_le_bytes());
+    block[16..20].copy_from_slice(&14u32.to_le_bytes());
+    block[24..28].copy_from_slice(&0x0005_0003u32.to_le_bytes());
+    // Interrupt page: SINT 2, VTL 0.
+    block[32] = 2;
+    block
+}
+
+#[test]
+fn a_contact_is_answered_through_the_message_slot() {
+    let Some(mut bench) = Bench::new() else { return };
+    bench.play_bus(0);
+    bench.write(BLOCK, &initiate_contact());
+    let code = Code::default()
+        .enable_interrupts()
+        .enable_hypercalls()
+        .enable_synic()
+        .hypercall(0x5C, BLOCK)
+        .store_rax(RESULTS + 8)
+        .wait_for_message()
+        .wait_for_interrupt()
+        // Message type and size, then the channel message's type and its version flag.
+        .load_rax(SIMP + 0x200)
+        .store_rax(RESULTS + 16)
+        .load_rax(SIMP + 0x210)
+        .store_rax(RESULTS + 24)
+        .load_rax(SIMP + 0x218)
+        .store_rax(RESULTS + 32);
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert_eq!(bench.result(1), 0, "status");
+    assert_eq!(bench.result(2), 0x10_0000_0001, "type 1, 16 bytes");
+    assert_eq!(bench.result(3), 15, "VERSION_RESPONSE");
+    assert_eq!(bench.result(4) & 0xFFFF, 1, "supported, state 0");
+}
+
+#[test]
+fn messages_follow_each_other_by_end_of_message() {
+    let Some(mut bench) = Bench::new() else { return };
+    bench.play_bus(2);
+    bench.write(BLOCK, &initiate_contact());
+    let mut request = vec![0; 256];
+    request[0..4].copy_from_slice(&1u32.to_le_bytes());
+    request[8..12].copy_from_slice(&1u32.to_le_bytes());
+    request[12..16].copy_from_slice(&8u32.to_le_bytes());
+    request[16..20].copy_from_slice(&3u32.to_le_bytes());
+    bench.write(BLOCK + 0x100, &request);
+    // Takes one message: remembers its type, frees the slot, says end of message. No interrupt is waited for.
+    let take = |code: Code, index: u64| {
+        code.wait_for_message()
+            .load_rax(SIMP + 0x210)
+            .store_rax(RESULTS + index * 8)
+            .store(SIMP + 0x200, 0)
+            .wrmsr(msr::EOM, 0)
+    };
+    let mut code = Code::default()
+        .enable_hypercalls()
+        .enable_synic()
+        .hypercall(0x5C, BLOCK);
+    code = take(code, 1).hypercall(0x5C, BLOCK + 0x100);
+    for index in 2..5 {
+        code = take(code, index);
+    }
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    let types: Vec<u64> = (1..5).map(|index| bench.result(index)).collect();
+    assert_eq!(types, [15, 1, 1, 4], "version, two offers, all offers delivered");
+}
+
+#[test]
+fn a_guest_that_posts_faster_than_it_is_answered_is_refused_for_lack_of_buffers() {
+    let Some(mut bench) = Bench::new() else { return };
+    bench.write(BLOCK, &initiate_contact());
+    let mut code = Code::default().enable_hypercalls().enable_synic();
+    let count = MAX_POSTS_UNDER_WAY as u64 + 2;
+    for index in 0..count {
+        code = code.hypercall(0x5C, BLOCK).store_rax(RESULTS + index * 8);
+    }
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    let statuses: Vec<u64> = (0..count).map(|index| bench.result(index)).collect();
+    let (taken, refused) = statuses.split_at(MAX_POSTS_UNDER_WAY);
+    assert!(taken.iter().all(|status| *status == 0), "{taken:?}");
+    assert_eq!(refused, [0x13, 0x13]);
+}
+
+#[test]
+fn a_message_to_another_port_than_vmbus_reaches_nobody() {
+    let Some(mut bench) = Bench::new() else { return };
+    let mut block = initiate_contact();
+    block[0] = 2;
+    bench.write(BLOCK, &block);
+    let code = Code::default()
+        .enable_hypercalls()
+        .hypercall(0x5C, BLOCK)
+        .store_rax(RESULTS);
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert_eq!(bench.result(0), 0x12);
+    let heard = bench.bus.as_mut().expect("not played").recv::<VcpuToBus>();
+    assert!(matches!(heard, Ok(None)), "{heard:?}");
+}
+
+#[test]
+fn a_signal_of_a_bound_channel_that_takes_the_slow_path_reaches_its_eventfd() {
+    use std::os::fd::AsFd;
+    let Some(mut bench) = Bench::new() else { return };
+    let kick = Event::new().expect("eventfd");
+    let bind = BusToVcpu::BindSignal { channel: 7 };
+    assert_eq!(bench.hear_from_bus(&bind, &[kick.as_fd()]), None);
+    // The slow form: the input is in memory.
+    bench.write(BLOCK, &signal_connection(7).to_le_bytes());
+    let code = Code::default()
+        .enable_hypercalls()
+        .hypercall(0x5D, BLOCK)
+        .store_rax(RESULTS);
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert!(kick.drain());
+    assert_eq!(bench.result(0), 0);
+}
+
+fn event_fd() -> OwnedFd {
+    use std::os::fd::AsFd;
+    let event = Event::new().expect("eventfd");
+    event.as_fd().try_clone_to_owned().expect("dup")
+}
+
+#[test]
+fn what_bulkhead_bus_must_not_say_ends_the_vm_and_touches_nothing() {
+    use std::os::fd::AsFd;
+    let file = File::open("/dev/null").expect("opened");
+    let cases = [
+        (BusToVcpu::RaiseInterrupt { channel: 1, vp: 1 }, None),
+        (
+            BusToVcpu::RaiseInterrupt {
+                channel: 1,
+                vp: u16::MAX,
+            },
+            None,
+        ),
+        (BusToVcpu::BindInterrupt { channel: 1, vp: 7 }, Some(event_fd())),
+        (
+            BusToVcpu::PostToGuest {
+                vp: 0,
+                payload: vec![0; 241],
+            },
+            None,
+        ),
+        (
+            BusToVcpu::PostToGuest {
+                vp: 1,
+                payload: Vec::new(),
+            },
+            None,
+        ),
+        // No eventfd.
+        (
+            BusToVcpu::BindInterrupt { channel: 1, vp: 0 },
+            Some(OwnedFd::from(file)),
+        ),
+    ];
+    for (message, fd) in cases {
+        let Some(mut bench) = Bench::new() else { return };
+        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+        assert!(bench.hear_from_bus(&message, &fds).is_some(), "{message:?}");
+    }
+    let Some(mut bench) = Bench::new() else { return };
+    let post = BusToVcpu::PostToGuest {
+        vp: 0,
+        payload: vec![0; 8],
+    };
+    // The guest takes none: its message page is off.
+    for _ in 0..100 {
+        assert_eq!(bench.hear_from_bus(&post, &[]), None);
+    }
+}

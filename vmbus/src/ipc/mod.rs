@@ -33,6 +33,7 @@
 pub mod codec;
 pub mod hello;
 pub mod messages;
+pub mod named_fds;
 pub mod server_start;
 pub mod socket;
 #[cfg(test)]

@@ -25,6 +25,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::hello::check_protocol;
 use super::messages::{ServerToSupervisor, SupervisorToServer};
+pub use super::named_fds::{DescriptorFault, NamedFds};
 use super::{PeerFault, SendError, Socket};
 use crate::mem::HostError;
 use crate::record::{EventKind, Recorder};
@@ -35,61 +36,15 @@ pub enum StartError {
     /// The supervisor's end is gone or says something else than `Start`.
     #[error("control socket: {0}")]
     Control(#[from] PeerFault),
-    /// A descriptor that the server needs was not handed over.
-    #[error("no descriptor named \"{0}\" was handed over")]
-    MissingDescriptor(String),
-    /// Two descriptors have one name.
-    #[error("two descriptors named \"{0}\" were handed over")]
-    DuplicateDescriptor(String),
-    /// A descriptor came that the configuration does not mention.
-    #[error("a descriptor named \"{0}\" was handed over, but the configuration has no use for it")]
-    UnusedDescriptor(String),
+    /// The descriptors are not those that the configuration needs.
+    #[error(transparent)]
+    Descriptors(#[from] DescriptorFault),
     /// The log filter does not parse.
     #[error("log filter \"{filter}\": {why}")]
     LogFilter { filter: String, why: String },
     /// The supervisor does not take our messages.
     #[error("control socket: {0}")]
     Send(#[from] SendError),
-}
-
-/// Descriptors by name. Each is taken exactly once; those left are closed on drop.
-#[derive(Debug, Default)]
-pub struct NamedFds {
-    fds: Vec<(String, OwnedFd)>,
-}
-
-impl NamedFds {
-    /// Pairs the names of a `Start` with the descriptors that came with it.
-    pub fn new(names: Vec<String>, fds: Vec<OwnedFd>) -> Result<Self, StartError> {
-        let mut named: Vec<(String, OwnedFd)> = Vec::new();
-        for (name, fd) in names.into_iter().zip(fds) {
-            if named.iter().any(|(other, _)| *other == name) {
-                return Err(StartError::DuplicateDescriptor(name));
-            }
-            named.push((name, fd));
-        }
-        Ok(Self { fds: named })
-    }
-
-    /// Takes the descriptor of that name, which must be there.
-    pub fn take(&mut self, name: &str) -> Result<OwnedFd, StartError> {
-        self.take_optional(name)
-            .ok_or_else(|| StartError::MissingDescriptor(name.to_owned()))
-    }
-
-    /// Takes the descriptor of that name, if it is there.
-    pub fn take_optional(&mut self, name: &str) -> Option<OwnedFd> {
-        let position = self.fds.iter().position(|(other, _)| other == name)?;
-        Some(self.fds.swap_remove(position).1)
-    }
-
-    /// States that all descriptors are taken: one too many is a mistake in the plan, and a leak of authority.
-    pub fn finish(self) -> Result<(), StartError> {
-        match self.fds.into_iter().next() {
-            Some((name, _)) => Err(StartError::UnusedDescriptor(name)),
-            None => Ok(()),
-        }
-    }
 }
 
 /// What the supervisor wants this process to be.
@@ -320,7 +275,7 @@ mod tests {
         assert!(start.fds.take("journal").is_ok());
         assert_eq!(
             start.fds.take("bus").map(drop),
-            Err(StartError::MissingDescriptor("bus".to_owned()))
+            Err(DescriptorFault::Missing("bus".to_owned()))
         );
         let mut control = start.ready("{}".to_owned()).expect("sent");
         assert_eq!(supervisor.wait_ready(deadline()), Ok("{}".to_owned()));
@@ -394,7 +349,7 @@ mod tests {
             &start(PROTOCOL, &["disk", "disk"]),
             &[journal.as_fd(), journal.as_fd()],
         );
-        assert_eq!(twice, Err(StartError::DuplicateDescriptor("disk".to_owned())));
+        assert_eq!(twice, Err(DescriptorFault::Duplicate("disk".to_owned()).into()));
         let (ours, theirs) = crate::ipc::pair().expect("a socket pair");
         drop(ours);
         assert_eq!(
@@ -407,10 +362,7 @@ mod tests {
     fn a_descriptor_that_nobody_wants_is_an_error() {
         let journal = PlayedSupervisor::new_journal().expect("a journal");
         let fds = NamedFds::new(vec!["extra".to_owned()], vec![journal]).expect("one name");
-        assert_eq!(
-            fds.finish(),
-            Err(StartError::UnusedDescriptor("extra".to_owned()))
-        );
+        assert_eq!(fds.finish(), Err(DescriptorFault::Unused("extra".to_owned())));
         assert_eq!(NamedFds::default().finish(), Ok(()));
     }
 }

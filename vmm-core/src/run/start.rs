@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use vmbus::ipc::hello::check_protocol;
-use vmbus::ipc::server_start::NamedFds;
+use vmbus::ipc::named_fds::NamedFds;
 use vmbus::ipc::{Message, PeerFault, Socket, SupervisorToVcpu, VcpuConfig};
 
 use crate::child::wait_for;

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adopted;
 mod deaths;
 mod disks;
 mod users;

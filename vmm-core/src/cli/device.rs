@@ -46,11 +46,12 @@ pub(super) enum DeviceCommand {
 }
 
 const SWAP_HELP: &str = "\
-The new server is started, locks itself in and has the guest's memory before the old one is told to stop.
+The new server is started, locks itself in and has the guest's memory before the old one is told to
+stop.
 
-If servers of another FILE die three times before one has run for ten seconds, the device goes back to the file before,
-once. bulkhead events tells of it, and gave-up= in bulkhead device list. There is no going back to a file that was
-overwritten: give a new program a new name.
+If servers of another FILE die three times before one has run for ten seconds, the device goes back
+to the file before, once. bulkhead events tells of it, and gave-up= in bulkhead device list. There
+is no going back to a file that was overwritten: give a new program a new name.
 
 Exit status:
   0      the new server serves; the sentence says since when the guest's requests had waited

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
 use vmm_core::pc::boot::halting_kernel;
+use vmm_core::supervisor::adopt::DISOWNED;
 use vmm_core::supervisor::control::{Listener, Reply, Request, connect_to};
 
 /// Limit: what the supervisor may take to end a VM; it allows its children three seconds twice.
@@ -423,6 +424,6 @@ impl Log {
 fn disowned(line: &str) -> Option<u32> {
     let (_, rest) = line.split_once(" (server ")?;
     let (generation, rest) = rest.split_once(") ")?;
-    let is_disowned = rest.contains("bulkhead-bus may not know it");
+    let is_disowned = rest.contains(DISOWNED);
     generation.parse().ok().filter(|_| is_disowned)
 }

@@ -33,6 +33,9 @@ use super::timers::{Timer, Timers};
 use super::{Phase, START_DEADLINE, Supervisor, supervise, take_signals};
 use crate::spec::Name;
 
+/// Why an adopter kills a server that its predecessor was starting.
+pub const DISOWNED: &str = "bulkhead-bus may not know it: its supervisor was killed when it started it";
+
 /// Adopts the VM of that name below `base`, and runs it to its end.
 pub fn adopt(name: &Name, base: &Path) -> Outcome {
     match Supervisor::adopt(name, base) {
@@ -304,8 +307,7 @@ impl Supervisor {
         match &room.server {
             Server::Running { process, ready, .. } => {
                 if !process.introduced {
-                    let why = "bulkhead-bus may not know it: its supervisor was killed when it started it";
-                    return self.kill_server(index, generation, why);
+                    return self.kill_server(index, generation, DISOWNED);
                 }
                 if !ready {
                     let room = index;
@@ -346,7 +348,7 @@ impl Supervisor {
             return;
         };
         if !successor.process.introduced {
-            successor.blame("bulkhead-bus may not know it: its supervisor was killed when it started it");
+            successor.blame(DISOWNED);
             successor.process.kill();
         } else if room.plan.standby || is_last_hope {
             if !successor.is_prepared() {

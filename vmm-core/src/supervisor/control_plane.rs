@@ -110,10 +110,20 @@ impl Supervisor {
         self.on_bus_control();
         show_lines("bus", &mut self.bus);
         self.bus_ended = true;
-        if cause == ExitCause::Exited(0) {
+        let in_order = match cause {
+            ExitCause::Exited(status) => status == 0,
+            // An earlier supervisor had started it; if nobody complained of it, it may have been.
+            ExitCause::Unknown => self.bus_failed.is_none(),
+            ExitCause::Signaled { .. } => false,
+        };
+        if in_order {
             // It sees the end of `bulkhead-vcpu` before we do.
             let overdue = Instant::now() + END_DEADLINE;
             return self.timers.set(overdue, Timer::VcpuEndOverdue);
+        }
+        if !matches!(self.phase, Phase::Starting { .. }) {
+            let failed = self.bus_failed.clone();
+            self.keep_report(self.report_of("bus", &self.bus, cause, failed));
         }
         let cause = Finding::tell(self.oom.finding(), cause, self.bus_failed.is_some());
         let died = last_words("bulkhead-bus", &self.bus, cause);

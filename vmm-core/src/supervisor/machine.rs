@@ -104,7 +104,7 @@ impl Supervisor {
                 let failed = self.vcpu_failed.clone();
                 let outcome = self.outcome_of(cause);
                 if matches!(outcome, Outcome::VcpuDied(_)) {
-                    self.report_vcpu(cause, failed);
+                    self.keep_report(self.report_of("vcpu", &self.vcpu, cause, failed));
                 }
                 self.note(Event::Ending {
                     why: outcome.to_string(),

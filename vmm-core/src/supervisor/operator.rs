@@ -9,6 +9,7 @@ use sandbox::ExitCause;
 use super::chronicle::{Event, read_after};
 use super::control::{Reply, event_replies};
 use super::crash_report::{self, CrashReport};
+use super::process::Process;
 use super::report::{Outcome, say};
 use super::room::{Death, Server};
 use super::timers::Timer;
@@ -30,35 +31,42 @@ impl Supervisor {
         if report.oom.is_some_and(|finding| finding.was_at_work()) {
             say(&format!("{} was {}", report.name, report.cause()));
         }
-        let number = self.next_report;
-        self.next_report = number.saturating_add(1);
         self.note(Event::Death {
             device: report.name.clone(),
             generation: report.generation,
             cause: report.cause(),
             why: report.blame.clone(),
-            report: Some(number),
+            report: Some(self.next_report),
         });
-        self.reports.push((number, report));
+        self.keep_report(report);
     }
 
-    /// Has a report stored of the end of `bulkhead-vcpu`, of which the end of the VM tells.
-    pub(super) fn report_vcpu(&mut self, cause: ExitCause, blame: Option<String>) {
-        let number = self.next_report;
-        self.next_report = number.saturating_add(1);
-        let report = CrashReport {
-            name: "vcpu".to_owned(),
+    /// What is known of the end of a process that is no server. The end of the VM tells of it.
+    pub(super) fn report_of(
+        &self,
+        name: &str,
+        process: &Process,
+        cause: ExitCause,
+        blame: Option<String>,
+    ) -> CrashReport {
+        CrashReport {
+            name: name.to_owned(),
             generation: 0,
-            process: self.vcpu.child.pid.as_raw(),
+            process: process.child.pid.as_raw(),
             cause,
             blame,
-            uptime: self.vcpu.started.elapsed(),
+            uptime: process.started.elapsed(),
             deaths: 1,
             oom: self.oom.finding(),
-            log: self.vcpu.log.last_lines(),
+            log: process.log.last_lines(),
             recorder: None,
-        };
-        self.reports.push((number, report));
+        }
+    }
+
+    /// Has a report stored, under the next number, once nothing is more urgent.
+    pub(super) fn keep_report(&mut self, report: CrashReport) {
+        self.reports.push((self.next_report, report));
+        self.next_report = self.next_report.saturating_add(1);
     }
 
     pub(super) fn store_reports(&mut self) {

@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use vmbus::ipc::Socket;
 use vmm_core::pc::boot::halting_kernel;
 use vmm_core::supervisor::control::{Reply, Request, connect_to};
+use vmm_core::supervisor::crash_report;
 use vmm_core::supervisor::keeper::is_orphaned;
 
 /// Limit: for everything that a test waits for.
@@ -431,15 +432,20 @@ fn the_death_of_the_vcpu_process_ends_the_vm_with_status_4() {
 }
 
 fn the_death_of_the_control_plane_ends_the_vm_with_status_4() {
-    let place = Place::new();
     for (play, why) in [
         ("die-bus", "bulkhead-bus killed by SIGABRT"),
         ("garbage-bus", "it does not speak our protocol"),
         ("lose-bus", "bulkhead-bus ended by itself"),
     ] {
+        let place = Place::new();
         place
             .run(&["--cmdline", play, "--disk", "memory=1M"])
             .expect(4, why);
+        let lines = crash_report::list(&place.path("run/vm"));
+        let is_told = lines
+            .iter()
+            .any(|(_, line)| line.ends_with(" bus killed by SIGABRT"));
+        assert_eq!(is_told, play == "die-bus", "{lines:?}");
     }
 }
 

@@ -33,6 +33,10 @@ pub const ALL: &[(&str, fn())] = &[
         a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption,
     ),
     (
+        "a_guest_that_powers_off_ends_an_adopted_vm_as_any_other",
+        a_guest_that_powers_off_ends_an_adopted_vm_as_any_other,
+    ),
+    (
         "adopters_follow_each_other_and_a_service_manager_needs_one_command",
         adopters_follow_each_other_and_a_service_manager_needs_one_command,
     ),
@@ -232,6 +236,21 @@ fn a_server_that_died_without_a_supervisor_gets_its_successor_at_adoption() {
     let adopter = place.adopt("vm");
     next_server(&place, named(&others, "disk0"));
     stopped(&place, adopter, &others);
+}
+
+/// How a process ended that an earlier supervisor had started is not known; `bulkhead-bus` ends before `bulkhead-vcpu`.
+fn a_guest_that_powers_off_ends_an_adopted_vm_as_any_other() {
+    let place = Place::new();
+    let running = started(&place);
+    let others = processes(&place);
+    running.kill();
+    let adopter = place.adopt("vm");
+    place.wait_until_it_runs();
+    assert_eq!(place.ask(&Request::PowerButton), [Reply::Done]);
+    named(&others, "bus").wait();
+    assert_eq!(place.ask(&Request::PowerButton), [Reply::Done]);
+    adopter.wait().expect(0, "");
+    others.iter().for_each(Other::wait);
 }
 
 fn adopters_follow_each_other_and_a_service_manager_needs_one_command() {

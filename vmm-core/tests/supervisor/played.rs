@@ -197,6 +197,14 @@ pub fn vcpu() -> ExitCode {
                 let entries = vec![("state".to_owned(), "played".to_owned())];
                 say(&mut socket, VcpuToSupervisor::Inspect { entries });
             }
+            // The first time bulkhead-bus believes that this process has ended, the second time it has.
+            Heard::Vcpu(SupervisorToVcpu::PowerButton) => {
+                let presses = heard.iter().filter(|name| **name == "PowerButton");
+                if presses.count() > 1 {
+                    return power_off(&mut socket);
+                }
+                link = Socket::new(vmbus::ipc::pair().expect("a pair").0);
+            }
             Heard::Vcpu(SupervisorToVcpu::Quit) if play != "ignore-quit" => {
                 say(
                     &mut socket,

@@ -168,7 +168,19 @@ pub fn vcpu() -> ExitCode {
     let mut links = Vec::new();
     let mut place = ServingPlace::default();
     let mut heard = Vec::new();
-    while let Some(message) = hear(&mut socket, &mut bus) {
+    let (mut runs, mut too_early) = (false, None);
+    while let Some(mut message) = too_early.take().or_else(|| hear(&mut socket, &mut bus)) {
+        // A successor comes only after `Run`, which comes by the other socket.
+        if let Heard::Bus(SupervisorToBus::ServerAttached { .. }, _) = message
+            && !runs
+        {
+            let Some((first, _)) = next(&mut socket) else {
+                break;
+            };
+            too_early = Some(message);
+            message = Heard::Vcpu(first);
+        }
+        runs |= matches!(message, Heard::Vcpu(SupervisorToVcpu::Run));
         heard.push(message.name());
         if let (
             "watch" | "watch-loop" | "watch-serve",

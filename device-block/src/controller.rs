@@ -22,6 +22,7 @@ use crate::storvsp::request::{Request, SrbResult};
 use crate::storvsp::session::{MAX_TRANSFER_BYTES, Session, Step};
 use crate::storvsp::wire::{DataDirection, ScsiRequest, VstorPacket};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use vmbus::lease::Holder;
 use vmbus::mem::{GuestRam, GuestSpans, Uring};
 
 /// Limit: blocks of one UNMAP, 4 GiB. One command holds one slot of the engine until it is done; a file system
@@ -111,11 +112,19 @@ impl OpenDisks {
         })
     }
 
-    /// Files whose own locks prove the end of I/O. Memory disks have none: their I/O ends with the thread that does it.
-    pub fn fenced_by_lease(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+    /// Files whose own locks prove the end of I/O, and whose those locks are to be if the workers of the io_uring are threads of
+    /// this process. Memory disks have none: their I/O ends with the thread that does it.
+    pub fn fenced_by_lease(
+        &self,
+        workers_are_threads: bool,
+    ) -> impl Iterator<Item = (BorrowedFd<'_>, Holder)> {
+        let holder = move |file: &FileBackend| match workers_are_threads && !file.is_direct() {
+            true => Holder::Process,
+            false => Holder::Description,
+        };
         self.files()
             .filter(|file| file.proves_end())
-            .map(FileBackend::file)
+            .map(move |file| (file.file(), holder(file)))
     }
 
     /// The other files. They have to be registered with the io_uring, in this order.

@@ -63,7 +63,7 @@ fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     let recorder = start.recorder()?;
     std::mem::take(&mut start.fds).finish()?;
 
-    let fence = Fence::new(journal.as_fd(), disks.fenced_by_lease())?;
+    let mut fence = Fence::new(journal.as_fd())?;
     let journal = Journal::map(journal.as_fd())?;
     journal.check::<Session>()?;
     // The journal first: index 0. The disks' files follow in order. None, if no disk needs it: see `backend::fence`.
@@ -73,6 +73,9 @@ fn prepare(start: &mut Start, jail: Jail) -> Result<Room> {
     }
     let io = Uring::restricted(URING_SLOTS, &files)?;
     drop(files);
+    for (disk, holder) in disks.fenced_by_lease(io.workers_are_threads()) {
+        fence.add(disk, holder)?;
+    }
     let controller = Controller::new(&config, disks, 1, IO_NUMBER_BASE)?;
 
     let require_full = jail.require_full;

@@ -338,10 +338,10 @@ const BLOCK: &[Rule] = &[
     allow("fcntl", c::SYS_fcntl, OWN_LOCK, "vmbus/src/lease.rs try_lock"),
 ];
 
-/// Of a description: takes or gives back, without waiting.
+/// Of a description or of the process: takes or gives back, without waiting.
 const OWN_LOCK: &[When] = &[When::OneOf {
     argument: 1,
-    values: &[c::F_OFD_SETLK as u32],
+    values: &[c::F_OFD_SETLK as u32, c::F_SETLK as u32],
 }];
 
 #[rustfmt::skip] // a table: one entry a line

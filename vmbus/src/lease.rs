@@ -2,20 +2,24 @@
 //! Locks on a disk: which VM has it, and whether the I/O of a dead server on it is over.
 //!
 //! # The locks
-//! Both are byte-range locks of an *open file description* (Linux 3.15, `fcntl(2)` F_OFD_SETLK), on bytes far behind any
-//! data; they hinder nobody who does not ask. Such a lock goes when its description goes (Linux 6.1 fs/locks.c
-//! `locks_remove_file`, called from `__fput`), whichever process took it, and not before.
+//! Both are byte-range locks (`fcntl(2)`), on bytes far behind any data; they hinder nobody who does not ask.
 //! - *Owner*, one byte for all: held by the supervisor on a description of its own for as long as its VM lives, whatever
 //!   happens to servers. Alone to write, together with others to read.
 //! - *Lease*, one byte for each device of each VM: held by the server that does I/O, on a description that was opened for
 //!   this generation and that nobody else keeps. The byte is the number of the device's journal.
+//!
+//! The owner's is a lock of the *open file description* (Linux 3.15, F_OFD_SETLK). Such a lock goes when its description goes
+//! (Linux 6.1 fs/locks.c `locks_remove_file`, called from `__fput`), whichever process took it, and not before. A lease is
+//! one of those, or one of the *process* (F_SETLK): see [`Holder`].
 //!
 //! A disk that is only read has no lease: other VMs may read it, too, and a lease on a description that cannot write is a
 //! lock that any of their servers could have on any byte and never give back. No tenant may keep another one's disk waiting.
 //!
 //! # What a lease proves
 //! When a lease is free, no request of its holder is in flight, neither one that writes to the disk nor one that reads
-//! into guest memory. A description lives as long as one of these refers to it:
+//! into guest memory.
+//!
+//! [`Holder::Description`]: a description lives as long as one of these refers to it:
 //! - a table of descriptors. It belongs to the process and to the kernel's workers for its io_uring, which are threads of
 //!   it; the last of them to end closes it.
 //! - a request of an io_uring, from its start until its completion, if it names the file by descriptor and not by an
@@ -24,6 +28,17 @@
 //!   theirs later still, are not made by [`crate::mem::Uring`].
 //! - a system call of a thread that reads or writes.
 //! - a message under way that carries the descriptor. The supervisor sends one, and the server has it before it serves.
+//!
+//! [`Holder::Process`]: the lock goes when the table of descriptors is closed (fs/open.c `filp_close`,
+//! `locks_remove_posix`), whatever requests still refer to the description. No thread of the process does anything for a
+//! request then. So this is enough where nobody else does, and that is cached I/O: bytes go between the page cache and
+//! guest memory in a system call or a worker of the io_uring, and so do flushes and holes, which wait for what they have
+//! given to the block layer. A read that waits for a page of the cache has nobody who would copy it any more; the kernel
+//! gives it up. The workers must be threads of the process ([`crate::mem::Uring::workers_are_threads`], Linux 5.12).
+//!
+//! The description would prove the same there, but later: a request whose end the dying process does not see any
+//! more is let go of by a worker of the kernel, and its file by another, each in its next tick or the one after (io_uring/
+//! io_uring.c `io_fallback_tw`, fs/file_table.c `delayed_fput`: 5 to 12 ms at 250 Hz). The guest waits for that.
 //!
 //! Of what [`proves_end`] does not know, it is not certain that locks are the kernel's own, or that a request's end is that
 //! of the I/O: such disks are fenced by the end of the whole io_uring (`device-block/src/backend/fence.rs`), which takes
@@ -81,6 +96,17 @@ impl Place {
     }
 }
 
+/// Whose lock a lease is, and so what ends it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// The end of the last request on the description. For direct I/O, which devices go on with after the process.
+    Description,
+    /// The end of the last thread of the process. For cached I/O, and no other.
+    ///
+    /// A process that closes any descriptor of the disk loses the lock, too: not before its end, therefore.
+    Process,
+}
+
 /// Shared on a description that cannot write, else for one alone.
 fn kind(disk: BorrowedFd<'_>) -> Result<i32, Errno> {
     let flags = OFlag::from_bits_retain(fcntl(disk, FcntlArg::F_GETFL)?);
@@ -94,13 +120,13 @@ fn kind(disk: BorrowedFd<'_>) -> Result<i32, Errno> {
 /// `false`: another VM is, or a server of one that has just ended is not done.
 pub fn own(disk: BorrowedFd<'_>) -> Result<bool, Errno> {
     let kind = kind(disk)?;
-    Ok(try_lock(disk, Place::OWNER)? && !is_locked(disk, Place::ALL_LEASES, kind)?)
+    Ok(try_lock(disk, Place::OWNER, Holder::Description)? && !is_locked(disk, Place::ALL_LEASES, kind)?)
 }
 
 /// Takes a lock without waiting. `false`: somebody else has it. Taking it again is no mistake.
-pub fn try_lock(disk: BorrowedFd<'_>, place: Place) -> Result<bool, Errno> {
-    match fcntl(disk, FcntlArg::F_OFD_SETLK(&place.lock(kind(disk)?))) {
-        Ok(_) => Ok(true),
+pub fn try_lock(disk: BorrowedFd<'_>, place: Place, holder: Holder) -> Result<bool, Errno> {
+    match set(disk, &place.lock(kind(disk)?), holder) {
+        Ok(()) => Ok(true),
         // POSIX allows both.
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(errno) => Err(errno),
@@ -108,8 +134,16 @@ pub fn try_lock(disk: BorrowedFd<'_>, place: Place) -> Result<bool, Errno> {
 }
 
 /// Gives a lock back. Without one it does nothing.
-pub fn unlock(disk: BorrowedFd<'_>, place: Place) -> Result<(), Errno> {
-    fcntl(disk, FcntlArg::F_OFD_SETLK(&place.lock(libc::F_UNLCK))).map(|_| ())
+pub fn unlock(disk: BorrowedFd<'_>, place: Place, holder: Holder) -> Result<(), Errno> {
+    set(disk, &place.lock(libc::F_UNLCK), holder)
+}
+
+fn set(disk: BorrowedFd<'_>, lock: &libc::flock, holder: Holder) -> Result<(), Errno> {
+    let argument = match holder {
+        Holder::Description => FcntlArg::F_OFD_SETLK(lock),
+        Holder::Process => FcntlArg::F_SETLK(lock),
+    };
+    fcntl(disk, argument).map(|_| ())
 }
 
 /// Whether another description has a lock in `place` beside which one of this kind cannot be. Takes nothing.
@@ -204,10 +238,10 @@ mod tests {
         let disk = disk();
         let [server, owner, reader] = [true, true, false].map(|write| open(disk.path(), write));
         let place = lease();
-        assert_eq!(try_lock(server.as_fd(), place), Ok(true));
+        assert_eq!(try_lock(server.as_fd(), place, Holder::Description), Ok(true));
         assert_eq!(own(owner.as_fd()), Ok(false));
         assert_eq!(own(reader.as_fd()), Ok(false));
-        unlock(server.as_fd(), place).expect("given back");
+        unlock(server.as_fd(), place, Holder::Description).expect("given back");
         drop(owner);
         assert_eq!(own(reader.as_fd()), Ok(true));
     }
@@ -221,7 +255,7 @@ mod tests {
             sealed_memfd("another", 4096).expect("a memfd"),
         );
         let place = Place::lease(journal.as_fd()).expect("a place");
-        assert_eq!(try_lock(old.as_fd(), place), Ok(true));
+        assert_eq!(try_lock(old.as_fd(), place, Holder::Description), Ok(true));
         assert_eq!(
             is_free(owner.as_fd(), place),
             Ok(false),
@@ -229,10 +263,36 @@ mod tests {
         );
         let others = Place::lease(another.as_fd()).expect("a place");
         assert_ne!(place, others);
-        assert_eq!(try_lock(other.as_fd(), others), Ok(true));
+        assert_eq!(try_lock(other.as_fd(), others, Holder::Description), Ok(true));
         drop(old);
         assert_eq!(is_free(owner.as_fd(), place), Ok(true));
-        assert_eq!(try_lock(new.as_fd(), place), Ok(true));
+        assert_eq!(try_lock(new.as_fd(), place, Holder::Description), Ok(true));
+    }
+
+    #[test]
+    fn a_process_has_no_lease_once_it_has_closed_the_disk_whatever_refers_to_the_description() {
+        let disk = disk();
+        let [server, successor, owner] = [true; 3].map(|write| open(disk.path(), write));
+        let in_flight = server.try_clone().expect("a duplicate");
+        let place = lease();
+        assert_eq!(try_lock(server.as_fd(), place, Holder::Process), Ok(true));
+        let later = |holder| try_lock(successor.as_fd(), place, holder);
+        assert_eq!(later(Holder::Description), Ok(false));
+        assert_eq!(is_free(owner.as_fd(), place), Ok(false));
+        assert_eq!(own(owner.as_fd()), Ok(false));
+        drop(server);
+        assert_eq!(later(Holder::Description), Ok(true));
+        drop(in_flight);
+    }
+
+    #[test]
+    fn a_process_gives_its_lease_back() {
+        let disk = disk();
+        let [server, owner] = [true; 2].map(|write| open(disk.path(), write));
+        let place = lease();
+        assert_eq!(try_lock(server.as_fd(), place, Holder::Process), Ok(true));
+        unlock(server.as_fd(), place, Holder::Process).expect("given back");
+        assert_eq!(is_free(owner.as_fd(), place), Ok(true));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //!
 //! | lock | goes when |
 //! | --- | --- |
-//! | `fcntl` on each disk's description, which each generation has for itself ([`vmbus::lease`]) | the process has closed it, and no request on it is in flight |
+//! | `fcntl` on each disk, in whose description each generation is alone ([`vmbus::lease`]) | the process has closed it, and, of direct I/O, no request on it is in flight |
 //! | `flock` on the journal, opened anew here | the process has closed it and, if a disk's file system is not known to prove anything, its io_uring was torn down |
 //!
 //! That last case: such disks are registered with the io_uring, and so is the journal. The kernel lets go of registered
@@ -28,7 +28,7 @@
 use nix::errno::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use vmbus::lease::{self, Place};
+use vmbus::lease::{self, Holder, Place};
 
 /// Why there is no lock.
 #[derive(Debug, thiserror::Error)]
@@ -55,27 +55,29 @@ pub struct Fence {
     journal: OwnedFd,
     place: Place,
     /// Those that prove the end of their I/O themselves.
-    disks: Vec<OwnedFd>,
+    disks: Vec<(OwnedFd, Holder)>,
 }
 
 impl Fence {
-    /// Opens the journal anew. To be called before the process locks itself in: it opens a path. `disks`: those of which
-    /// [`lease::proves_end`] says so.
-    pub fn new<'fd>(
-        journal: BorrowedFd<'_>,
-        disks: impl IntoIterator<Item = BorrowedFd<'fd>>,
-    ) -> Result<Self, FenceError> {
+    /// Opens the journal anew. To be called before the process locks itself in: it opens a path.
+    pub fn new(journal: BorrowedFd<'_>) -> Result<Self, FenceError> {
         let path = format!("/proc/self/fd/{}", journal.as_raw_fd());
         let journal = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| FenceError::Reopen(Errno::from_raw(errno.raw_os_error())))?;
         let place = Place::lease(journal.as_fd()).map_err(FenceError::Reopen)?;
-        // Duplicates: the description, whose lock it is, stays the same.
-        let disks = disks.into_iter().map(|disk| disk.try_clone_to_owned());
         Ok(Self {
             journal,
             place,
-            disks: disks.collect::<Result<_, _>>().map_err(FenceError::Duplicate)?,
+            disks: Vec::new(),
         })
+    }
+
+    /// One of those of which [`lease::proves_end`] says so. To be called before [`Self::try_take`].
+    pub fn add(&mut self, disk: BorrowedFd<'_>, holder: Holder) -> Result<(), FenceError> {
+        // A duplicate: description and process, whose lock it will be, stay the same.
+        let disk = disk.try_clone_to_owned().map_err(FenceError::Duplicate)?;
+        self.disks.push((disk, holder));
+        Ok(())
     }
 
     /// What has to be registered with the io_uring before the first request, if a disk is.
@@ -86,16 +88,16 @@ impl Fence {
     /// Takes what it can without waiting. `true`: everything; the predecessor's process and its I/O are gone.
     pub fn try_take(&self) -> Result<bool, FenceError> {
         let mut all = flock_journal(self.journal(), FlockOperation::NonBlockingLockExclusive)?;
-        for disk in &self.disks {
-            all &= lease::try_lock(disk.as_fd(), self.place).map_err(disk_error)?;
+        for (disk, holder) in &self.disks {
+            all &= lease::try_lock(disk.as_fd(), self.place, *holder).map_err(disk_error)?;
         }
         Ok(all)
     }
 
     /// Gives the right up while the process still lives: it does no I/O any more, and none is in flight.
     pub fn release(&self) -> Result<(), FenceError> {
-        for disk in &self.disks {
-            lease::unlock(disk.as_fd(), self.place).map_err(disk_error)?;
+        for (disk, holder) in &self.disks {
+            lease::unlock(disk.as_fd(), self.place, *holder).map_err(disk_error)?;
         }
         flock_journal(self.journal(), FlockOperation::Unlock).map(|_| ())
     }
@@ -136,11 +138,17 @@ mod tests {
         file.expect("the file opens").into()
     }
 
+    fn fence(journal: &OwnedFd, disk: &OwnedFd) -> Fence {
+        let mut fence = Fence::new(journal.as_fd()).unwrap();
+        fence.add(disk.as_fd(), Holder::Description).unwrap();
+        fence
+    }
+
     #[test]
     fn one_server_at_a_time_has_the_right_whatever_descriptor_of_the_journal_it_was_given() {
         let journal = sealed_memfd("journal", 4096).unwrap();
-        let first = Fence::new(journal.as_fd(), []).unwrap();
-        let second = Fence::new(journal.as_fd(), []).unwrap();
+        let first = Fence::new(journal.as_fd()).unwrap();
+        let second = Fence::new(journal.as_fd()).unwrap();
         assert!(first.try_take().unwrap());
         assert!(!second.try_take().unwrap());
         drop(first);
@@ -152,9 +160,9 @@ mod tests {
         let journal = sealed_memfd("journal", 4096).unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
         let (old, new) = (reopened(&file), reopened(&file));
-        let dying = Fence::new(journal.as_fd(), [old.as_fd()]).unwrap();
+        let dying = fence(&journal, &old);
         assert!(dying.try_take().unwrap());
-        let successor = Fence::new(journal.as_fd(), [new.as_fd()]).unwrap();
+        let successor = fence(&journal, &new);
         drop(dying);
         // `old` stands for a request in flight: it refers to the description.
         assert!(!successor.try_take().unwrap());
@@ -164,20 +172,24 @@ mod tests {
 
     #[test]
     fn a_server_that_stops_gives_everything_up() {
-        let journal = sealed_memfd("journal", 4096).unwrap();
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let (old, new) = (reopened(&file), reopened(&file));
-        let stopping = Fence::new(journal.as_fd(), [old.as_fd()]).unwrap();
-        let successor = Fence::new(journal.as_fd(), [new.as_fd()]).unwrap();
-        assert!(stopping.try_take().unwrap());
-        stopping.release().unwrap();
-        assert!(successor.try_take().unwrap());
+        for holder in [Holder::Description, Holder::Process] {
+            let journal = sealed_memfd("journal", 4096).unwrap();
+            let file = tempfile::NamedTempFile::new().unwrap();
+            let (old, new) = (reopened(&file), reopened(&file));
+            let mut stopping = Fence::new(journal.as_fd()).unwrap();
+            stopping.add(old.as_fd(), holder).unwrap();
+            let successor = fence(&journal, &new);
+            assert!(stopping.try_take().unwrap());
+            assert!(!successor.try_take().unwrap());
+            stopping.release().unwrap();
+            assert!(successor.try_take().unwrap());
+        }
     }
 
     #[test]
     fn the_journals_lock_outlives_its_descriptor_while_an_io_uring_has_it() {
         let journal = sealed_memfd("journal", 4096).unwrap();
-        let dying = Fence::new(journal.as_fd(), []).unwrap();
+        let dying = Fence::new(journal.as_fd()).unwrap();
         assert!(dying.try_take().unwrap());
         let mut io = Uring::new(4).unwrap();
         io.register_files(&[dying.journal()]).unwrap();
@@ -187,7 +199,7 @@ mod tests {
             .unwrap();
         io.submit().unwrap();
         drop(dying);
-        let successor = Fence::new(journal.as_fd(), []).unwrap();
+        let successor = Fence::new(journal.as_fd()).unwrap();
         assert!(!successor.try_take().unwrap(), "the ring still holds the lease");
         drop(io);
         // The kernel frees the ring in the background, and there is no event for it.

@@ -180,6 +180,12 @@ impl Uring {
         Ok(uring)
     }
 
+    /// Whether what the kernel does for the ring aside is done by threads of this process (Linux 5.12), which end before it
+    /// does. Before that it had workers of its own.
+    pub fn workers_are_threads(&self) -> bool {
+        self.ring.params().is_feature_native_workers()
+    }
+
     /// Whether the kernel refuses whatever this module does not queue.
     pub fn is_restricted(&self) -> bool {
         self.is_restricted

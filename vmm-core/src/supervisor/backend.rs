@@ -405,7 +405,10 @@ mod tests {
         let held = open_disk(&path, false).expect("a disk");
         let server = held.for_server().expect("opened again");
         assert!(held.is_free(journal.as_fd()));
-        assert_eq!(lease::try_lock(server.as_fd(), place), Ok(true));
+        assert_eq!(
+            lease::try_lock(server.as_fd(), place, lease::Holder::Description),
+            Ok(true)
+        );
         assert!(!held.is_free(journal.as_fd()));
         drop(server);
         assert!(held.is_free(journal.as_fd()));
@@ -421,7 +424,10 @@ mod tests {
         let (ours, theirs) = (open_disk(&path, true), open_disk(&path, true));
         let (ours, theirs) = (ours.expect("a disk"), theirs.expect("a disk"));
         let hostile = theirs.for_server().expect("opened again");
-        assert_eq!(lease::try_lock(hostile.as_fd(), place), Ok(true));
+        assert_eq!(
+            lease::try_lock(hostile.as_fd(), place, lease::Holder::Description),
+            Ok(true)
+        );
         assert!(ours.is_free(journal.as_fd()));
     }
 

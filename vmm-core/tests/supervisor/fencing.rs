@@ -48,7 +48,10 @@ fn a_successor_is_started_at_once_and_serves_when_the_dead_servers_io_is_over() 
     let mut options = OpenOptions::new();
     let in_flight = options.read(true).write(true).open(image.path()).expect("opened");
     let lock = Lock::lease(journal(&place).as_fd()).expect("a place");
-    assert_eq!(lease::try_lock(in_flight.as_fd(), lock), Ok(true));
+    assert_eq!(
+        lease::try_lock(in_flight.as_fd(), lock, lease::Holder::Description),
+        Ok(true)
+    );
     kill(Pid::from_raw(old), Signal::SIGKILL).expect("killed");
     let new = process(&place, "disk0 successor");
     let serves = |place: &Place| {

@@ -30,9 +30,6 @@ fn main() {
 /// stands behind it.
 fn profile(name: &str) -> Profile {
     match name {
-        "vcpu" => profile::vcpu(),
-        "block" => profile::block(),
-        "net" => profile::net(),
         "without-walls" => {
             let mut profile = profile::vcpu();
             profile.name = "without-walls";
@@ -47,6 +44,10 @@ fn profile(name: &str) -> Profile {
                 }));
             profile
         }
-        other => panic!("no profile {other}"),
+        other => {
+            let mut all = profile::all().into_iter();
+            all.find(|profile| profile.name.strip_prefix("bulkhead-") == Some(other))
+                .unwrap_or_else(|| panic!("no profile {other}"))
+        }
     }
 }

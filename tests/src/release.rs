@@ -30,6 +30,8 @@ pub fn build_dying(package: &str) -> Result<PathBuf> {
         "device-block" => "bulkhead-block-dying",
         _ => "bulkhead-net-dying",
     };
+    // cargo may wait for another cargo, and says nothing of it.
+    eprintln!("cargo builds {name}, unless it is up to date");
     build(&[
         "build",
         "--quiet",

@@ -36,8 +36,9 @@
 //! they have a handler: `abort()` would end as SIGSEGV. A handler for SIGABRT exits with 128 + 6 instead, and
 //! [`crate::Child`] reports that as the signal it stands for.
 //!
-//! **What a host lacks** costs that wall only: it is one sentence in [`Report::missing`], and the next stage runs. [`Options::require_full`] turns the first such sentence into an error. What cannot be excused is a
-//! privilege that could not be given up (stage 4) and a filter that was refused by a kernel that has seccomp.
+//! **What a host lacks** costs that wall only: it is one sentence in [`Report::missing`], and the next stage runs.
+//! [`Options::require_full`] turns the first such sentence into an error. What cannot be excused is a privilege that could
+//! not be given up (stage 4) and a filter that was refused by a kernel that has seccomp.
 
 use std::fs;
 use std::io;

@@ -16,6 +16,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,6 +30,9 @@ pub use super::named_fds::{DescriptorFault, NamedFds};
 use super::{PeerFault, SendError, Socket};
 use crate::mem::HostError;
 use crate::record::{EventKind, Recorder};
+
+/// From the word that a server has let go to its end; a successor has answered the first requests by then.
+const LEAVE_IN: Duration = Duration::from_millis(5);
 
 /// Why a server cannot start. One sentence each, for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -216,8 +220,13 @@ impl Control {
 
     /// Answers a [`ControlRequest::Stop`]: nothing of the guest and of the back end is touched from here on. Exit
     /// afterwards.
+    ///
+    /// Returns after a while in which the successor begins. The end of a process, its memory, namespaces and io_uring, takes
+    /// a processor for the better part of a millisecond, and a guest that waits for the successor would wait for that.
     pub fn released(&mut self) -> Result<(), SendError> {
-        self.socket.send(&ServerToSupervisor::Released, &[])
+        self.socket.send(&ServerToSupervisor::Released, &[])?;
+        std::thread::sleep(LEAVE_IN);
+        Ok(())
     }
 
     /// Whether to poll for writability, too.

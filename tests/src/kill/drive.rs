@@ -174,6 +174,8 @@ impl Killer<'_> {
                 pause(RECOVERY);
                 self.timeline.watch.dying();
                 vm.replace_supervisor(|| Ok(()))?;
+                // Once the adopter answers, it has killed whom it had to; what is completed now is completed by others.
+                vm.server(self.device)?;
                 self.get_over()?;
                 self.timeline.watch.dead();
                 return Ok(victim);

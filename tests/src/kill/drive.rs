@@ -90,6 +90,8 @@ impl Killer<'_> {
         let mut progress = Progress::new("kills", self.count);
         let mut last_victim = None;
         self.get_over()?;
+        // A supervisor that answers has told its keeper that the guest runs. Before that the VM ends with it.
+        vm.server(self.device)?;
         for killed in 1..=self.count {
             if self.standby {
                 self.wait_for_standby(vm)?;

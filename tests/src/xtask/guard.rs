@@ -23,8 +23,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Set for the second process.
-const GUARDED_VARIABLE: &str = "BULKHEAD_XTASK_GUARDED";
+/// Set for the second process, and for all that it starts: what is guarded already needs no guard of its own.
+pub const GUARDED_VARIABLE: &str = "BULKHEAD_XTASK_GUARDED";
 
 /// What the folder's name begins with.
 const SCRATCH: &str = "bulkhead-";

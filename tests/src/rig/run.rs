@@ -32,6 +32,9 @@ const MAX_BUSINESS: f64 = 6.0;
 /// The disk for what a payload leaves in `/out`. Sparse. Limit: a newc archive's file ends at 4 GiB.
 const OUTPUT_DISK_BYTES: u64 = 2 << 30;
 
+/// Limit: no further attempt is begun after that, so that many of them do not take what a whole test run may take.
+const NO_MORE_AFTER: Duration = Duration::from_secs(420);
+
 /// How many rigs of one folder may run at the same time; more would only miss their deadlines.
 pub const RUNS_AT_ONCE: usize = 1;
 
@@ -55,11 +58,12 @@ impl Rig {
         let _place = self.wait_for_place()?;
         self.sweep()?;
         let allowed = if spec.interactive { 1 } else { spec.attempts.max(1) };
+        let began = Instant::now();
         let mut attempt = 1;
         loop {
             match self.run_once(spec, attempt)? {
                 Ok(outcome) => return Ok(outcome),
-                Err(failed) if attempt < allowed => {
+                Err(failed) if attempt < allowed && began.elapsed() < NO_MORE_AFTER => {
                     progress(&format!(
                         "attempt {attempt} of {allowed} failed: {}; trying again",
                         failed.reason

@@ -81,8 +81,9 @@ impl Scenes {
     pub fn new(rig: Rig, programs: PathBuf) -> Scenes {
         let mut spec = RigSpec::new(["sh", "-euc", ""]);
         spec.binaries = Some(programs);
-        // Guests that work for minutes meet the emulator's faults more often than others: in two runs of five.
-        spec.attempts = 4;
+        // Guests that work for a minute meet the emulator's faults more often than others, in up to two runs of three on
+        // some hosts. Such a run ends early and shows nothing.
+        spec.attempts = 8;
         // The rig's own start, see `guest` for the rest.
         spec.timeout = Duration::from_secs(30);
         Scenes {

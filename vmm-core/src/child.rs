@@ -56,7 +56,8 @@ pub struct Link {
     socket: Socket,
     token: u64,
     epoll: Arc<Epoll>,
-    waits_for_room: bool,
+    interest: EpollFlags,
+    takes_turns: bool,
 }
 
 impl Link {
@@ -68,8 +69,15 @@ impl Link {
             socket,
             token,
             epoll: epoll.clone(),
-            waits_for_room: false,
+            interest: EpollFlags::EPOLLIN,
+            takes_turns: false,
         })
+    }
+
+    /// From now on hears nothing from a peer that has not taken what was said to it. At one end only: two that take turns
+    /// could wait for each other.
+    pub fn take_turns(&mut self) {
+        self.takes_turns = true;
     }
 
     /// Sends, or queues.
@@ -82,22 +90,24 @@ impl Link {
     pub fn receive<M: Message>(&mut self) -> Result<Option<(M, Vec<OwnedFd>)>, PeerFault> {
         self.socket.flush()?;
         self.watch_room()?;
+        if !self.interest.contains(EpollFlags::EPOLLIN) {
+            return Ok(None);
+        }
         self.socket.recv()
     }
 
     fn watch_room(&mut self) -> Result<(), SendError> {
-        let wanted = self.socket.has_queued();
-        if wanted != self.waits_for_room {
-            let room = if wanted {
-                EpollFlags::EPOLLOUT
-            } else {
-                EpollFlags::empty()
-            };
-            let mut event = EpollEvent::new(EpollFlags::EPOLLIN | room, self.token);
+        let interest = match (self.socket.has_queued(), self.takes_turns) {
+            (false, _) => EpollFlags::EPOLLIN,
+            (true, false) => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
+            (true, true) => EpollFlags::EPOLLOUT,
+        };
+        if interest != self.interest {
+            let mut event = EpollEvent::new(interest, self.token);
             self.epoll
                 .modify(self.socket.as_fd(), &mut event)
                 .map_err(SendError::Send)?;
-            self.waits_for_room = wanted;
+            self.interest = interest;
         }
         Ok(())
     }

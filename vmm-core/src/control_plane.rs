@@ -10,6 +10,10 @@
 //! not in the one that runs the guest's processors. [`crate::bus::Bus`] decides; this file and `control_plane/` carry out:
 //! one thread, one epoll, no path, nothing that waits. No request of a device passes through here.
 //!
+//! A post of the guest may make thousands of messages to `bulkhead-vcpu`. While some of those wait for it to read, the guest's
+//! next posts are left in the socket, and `bulkhead-vcpu` refuses more for lack of buffers, as a hypervisor does: so what
+//! waits is bounded by what comes of one post. `bulkhead-vcpu` itself always reads, so that nobody waits for ever.
+//!
 //! It makes each channel's eventfds, and gives one duplicate to `bulkhead-vcpu`, which binds them to KVM, and one to each
 //! server of the device. It ends with `bulkhead-vcpu`. If it ends before, the supervisor ends the VM.
 
@@ -102,9 +106,11 @@ fn begin(supervisor: &mut Socket, jail: Jail) -> anyhow::Result<Option<ControlPl
     let link = |socket: &Socket, source: Source| {
         Link::new(socket.as_fd().try_clone_to_owned()?, source.token(), &epoll).map_err(std::io::Error::from)
     };
+    let mut vcpu = link(&vcpu, Source::Vcpu)?;
+    vcpu.take_turns();
     Ok(Some(ControlPlane {
         supervisor: link(supervisor, Source::Supervisor)?,
-        vcpu: link(&vcpu, Source::Vcpu)?,
+        vcpu,
         servers: BTreeMap::new(),
         epoll,
         bus: Bus::new(vp_count, ram),

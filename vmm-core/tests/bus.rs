@@ -72,14 +72,7 @@ impl Scene {
     /// A server of a device with this number; it has said hello.
     fn add_server(&mut self, device: u32) -> Socket {
         let (ours, theirs) = pair().expect("a pair");
-        let add = SupervisorToBus::AddDevice {
-            device,
-            name: format!("played{device}"),
-            interface: Guid::from_fields(1, 2, 3, [4; 8]),
-            instance: Guid::from_fields(device, 0, 0, [0; 8]),
-            max_sub_channels: 3,
-        };
-        self.supervisor.send(&add, &[theirs.as_fd()]).expect("sent");
+        self.add_device(device, &theirs);
         let mut server = Socket::new(ours);
         let hello = ServerToBus::Hello {
             protocol: PROTOCOL,
@@ -89,14 +82,41 @@ impl Scene {
         server
     }
 
-    /// Posts, and returns what is said up to `Posted`.
-    fn post(&mut self, payload: &[u8]) -> Vec<BusToVcpu> {
+    /// Devices whose servers never say hello. What is returned keeps them from being lost.
+    fn add_silent_devices(&mut self, count: u32) -> OwnedFd {
+        let (ours, theirs) = pair().expect("a pair");
+        for device in 0..count {
+            self.add_device(device, &theirs);
+            let name = self.inspect(&format!("device.{device}.name"));
+            assert!(name.is_some(), "device {device} is there");
+        }
+        ours
+    }
+
+    fn add_device(&mut self, device: u32, server: &OwnedFd) {
+        let add = SupervisorToBus::AddDevice {
+            device,
+            name: format!("played{device}"),
+            interface: Guid::from_fields(1, 2, 3, [4; 8]),
+            instance: Guid::from_fields(device, 0, 0, [0; 8]),
+            max_sub_channels: 3,
+        };
+        self.supervisor.send(&add, &[server.as_fd()]).expect("sent");
+    }
+
+    /// Posts.
+    fn say(&mut self, payload: &[u8]) {
         let post = VcpuToBus::Post {
             connection_id: 4,
             message_type: 1,
             payload: payload.to_vec(),
         };
         self.vcpu.send(&post, &[]).expect("sent");
+    }
+
+    /// Posts, and returns what is said up to `Posted`.
+    fn post(&mut self, payload: &[u8]) -> Vec<BusToVcpu> {
+        self.say(payload);
         let mut said = Vec::new();
         loop {
             match hear(&mut self.vcpu).0 {
@@ -249,6 +269,61 @@ fn whatever_the_guest_posts_is_dealt_with_and_harms_nobody() {
         }
     }
     assert!(scene.inspect("connection").is_some(), "it still answers");
+}
+
+#[test]
+fn what_a_guest_makes_it_say_to_a_vcpu_process_that_does_not_read_is_bounded_and_nothing_of_it_is_lost() {
+    // As many as `bulkhead-vcpu` lets be under way. Taken at once, they would make twice as many messages as may wait.
+    const ROUNDS: usize = 32;
+    const DEVICES: u32 = 255;
+    let mut scene = Scene::new();
+    let _servers = scene.add_silent_devices(DEVICES);
+    for _ in 0..ROUNDS {
+        scene.say(&contact());
+        scene.say(&REQUEST);
+    }
+    // Each answer takes another turn of its loop, in one of which it has seen all that the guest said.
+    for _ in 0..3 {
+        assert!(scene.inspect("connection").is_some(), "it serves the others");
+    }
+    let mut answers = std::collections::BTreeMap::new();
+    let mut posted = 0;
+    while posted < 2 * ROUNDS {
+        match hear(&mut scene.vcpu).0 {
+            BusToVcpu::Posted => posted += 1,
+            other => *answers.entry(kind(&other)).or_insert(0) += 1,
+        }
+    }
+    let expected = [
+        (OFFER, ROUNDS * DEVICES as usize),
+        (ALL_OFFERS, ROUNDS),
+        (VERSION_RESPONSE, ROUNDS),
+    ];
+    assert_eq!(answers, expected.into());
+    assert_eq!(scene.post(&contact()).len(), 1, "it goes on");
+}
+
+#[test]
+fn it_ends_with_a_vcpu_process_that_has_not_read_what_was_said_to_it() {
+    let mut scene = Scene::new();
+    let _servers = scene.add_silent_devices(255);
+    for _ in 0..8 {
+        scene.say(&contact());
+        scene.say(&REQUEST);
+    }
+    for _ in 0..3 {
+        assert!(scene.inspect("connection").is_some());
+    }
+    let Scene {
+        mut child,
+        supervisor,
+        vcpu,
+        ..
+    } = scene;
+    drop(vcpu);
+    let ended = child.wait_at_most(PATIENCE).expect("waited");
+    assert_eq!(ended, Some(ExitCause::Exited(0)));
+    drop(supervisor);
 }
 
 #[test]

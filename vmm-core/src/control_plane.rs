@@ -269,6 +269,10 @@ impl ControlPlane {
                 self.report(&BusToSupervisor::Inspect { entries });
                 Ok(())
             }
+            SupervisorToBus::Ping => {
+                self.report(&BusToSupervisor::Pong);
+                Ok(())
+            }
         }
     }
 

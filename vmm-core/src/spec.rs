@@ -18,7 +18,7 @@ pub use device::{CacheMode, DiskSource, DiskSpec, NetBackend, NetSpec};
 pub use file::{FileError, read_file};
 pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus};
 
-/// Default patience with a server that does not answer. Generous: on a host that is short of processors a server in
+/// Default patience with a server, or the control plane, that does not answer. Generous: on a host that is short of processors a server in
 /// order may wait for its turn, and to kill it would help nobody.
 const PATIENCE_SECONDS: u32 = 5;
 
@@ -51,7 +51,7 @@ pub struct VmSpec {
     pub on_reset: OnReset,
     pub on_crash: OnCrash,
     pub restart: Restart,
-    /// Seconds that a server may owe an answer before it is taken for dead; 0: it is not asked.
+    /// Seconds that a server or `bulkhead-bus` may owe an answer before it is taken for dead; 0: it is not asked.
     pub patience_seconds: u32,
     pub populate: Populate,
     pub require_full_sandbox: bool,

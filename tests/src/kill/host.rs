@@ -167,6 +167,7 @@ impl<'a> Host<'a> {
                 let nothing = BusToSupervisor::Inspect { entries: Vec::new() };
                 Ok(self.supervisor.bus.send(&nothing, &[])?)
             }
+            SupervisorToBus::Ping => Ok(self.supervisor.bus.send(&BusToSupervisor::Pong, &[])?),
             other => bail!("the supervisor says {} to a VM with one device", other.name()),
         }
     }

@@ -101,6 +101,9 @@ impl Vm {
         let (line, stdout) = vmbus::ipc::pair()?;
         let mut command = Command::new(programs.join("bulkhead"));
         command.args(["run", "--name", NAME, "--restart", "always"]);
+        // The played bulkhead-bus shares a thread with the guest, which may wait for a server.
+        let patience = PATIENCE.as_secs() * 2 / 3;
+        command.arg("--patience").arg(patience.to_string());
         command.arg("--kernel").arg(&kernel);
         command.arg("--programs").arg(&parts);
         command.arg("--run-folder").arg(folder.path().join("run"));

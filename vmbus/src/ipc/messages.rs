@@ -241,6 +241,8 @@ pub enum SupervisorToBus {
     ServerGone { device: u32, generation: u32 },
     /// Answer with `Inspect`.
     Inspect,
+    /// Answer with `Pong`. Proves that the control plane's loop turns.
+    Ping,
 }
 
 /// `bulkhead-bus` to supervisor, over its fd 3.
@@ -268,6 +270,8 @@ pub enum BusToSupervisor {
     },
     /// The answer to `Inspect`: `path = value` pairs.
     Inspect { entries: Vec<(String, String)> },
+    /// The answer to `Ping`.
+    Pong,
 }
 
 /// `bulkhead-vcpu` to `bulkhead-bus`.
@@ -468,7 +472,7 @@ impl Message for SupervisorToBus {
     fn descriptor_count(&self) -> usize {
         match self {
             Self::Start { .. } | Self::AddDevice { .. } | Self::ServerAttached { .. } => 1,
-            Self::ServerGone { .. } | Self::Inspect => 0,
+            Self::ServerGone { .. } | Self::Inspect | Self::Ping => 0,
         }
     }
 }

@@ -161,6 +161,7 @@ fn supervisor_to_bus() -> Vec<SupervisorToBus> {
             generation: 1,
         },
         SupervisorToBus::Inspect,
+        SupervisorToBus::Ping,
     ]
 }
 

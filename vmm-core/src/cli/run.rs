@@ -61,7 +61,7 @@ pub(super) struct RunArgs {
     /// or-end (careful, but the VM ends where the device would be held) [default: careful]
     #[arg(long, value_name = "WHEN")]
     restart: Option<Restart>,
-    /// Seconds after which a server that does not answer is taken for dead; 0: never [default: 5]
+    /// Seconds after which a server, or bulkhead-bus, that does not answer is taken for dead; 0: never [default: 5]
     #[arg(long, value_name = "SECONDS")]
     patience: Option<u32>,
     /// Whether to fault in the guest's memory at the start: auto, never or always [default: auto]

@@ -41,9 +41,14 @@ impl Supervisor {
         if let Err(error) = told
             && matches!(self.phase, Phase::Running)
         {
-            self.bus_failed.get_or_insert(format!("{error:#}"));
-            self.bus.kill();
+            self.kill_bus(format!("{error:#}"));
         }
+    }
+
+    /// Its end follows, and that of the VM.
+    pub(super) fn kill_bus(&mut self, why: String) {
+        self.bus_failed.get_or_insert(why);
+        self.bus.kill();
     }
 
     pub(super) fn on_bus(&mut self, part: Part) {
@@ -70,9 +75,7 @@ impl Supervisor {
                 Err(PeerFault::Eof) => self.bus.control = None,
                 Err(fault) => {
                     self.bus.control = None;
-                    self.bus_failed
-                        .get_or_insert(format!("it does not speak our protocol: {fault}"));
-                    self.bus.kill();
+                    self.kill_bus(format!("it does not speak our protocol: {fault}"));
                 }
             }
         }
@@ -100,6 +103,7 @@ impl Supervisor {
                 self.kill_server_of(device, generation, &why);
             }
             BusToSupervisor::Inspect { entries } => self.on_inspected("bus", entries),
+            BusToSupervisor::Pong => self.bus_asked = None,
         }
     }
 

@@ -41,7 +41,7 @@
 //! | `adopt.rs` | becoming the supervisor of a VM that has lost its own |
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
 //! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
-//! | `liveness.rs` | servers that hang |
+//! | `liveness.rs` | processes that hang |
 //! | `crash_report.rs`, `oom.rs` | what is known of a process that died, and of the host's want of memory |
 //! | `report.rs` | sentences and exit status |
 
@@ -181,6 +181,8 @@ struct Supervisor {
     bus_ended: bool,
     /// Why it failed, as it said itself.
     bus_failed: Option<String>,
+    /// At which look it was asked whether it still turns, if it has not answered since.
+    bus_asked: Option<u32>,
     rooms: Vec<RoomState>,
     input: Input,
     signals: SignalFd,
@@ -195,8 +197,10 @@ struct Supervisor {
     /// The first one of this VM; those before are of earlier ones of its name.
     first_report: u64,
     oom: OomWatch,
-    /// How long a server may owe an answer; `None`: it is not asked.
+    /// How long a server, or the control plane, may owe an answer; `None`: it is not asked.
     patience: Option<Duration>,
+    /// How often it was looked whether they have answered.
+    looks: u32,
     next_token: u64,
     /// The terminal that the guest's console is on, by its device number.
     terminal: Option<u64>,
@@ -326,6 +330,7 @@ impl Supervisor {
             bus,
             bus_ended: false,
             bus_failed: None,
+            bus_asked: None,
             rooms,
             input,
             signals,
@@ -339,6 +344,7 @@ impl Supervisor {
             first_report,
             oom: OomWatch::new(),
             patience: liveness::patience(spec),
+            looks: 0,
             next_token: 0,
             terminal: match spec.console {
                 Console::Stdio => input::terminal_of(std::io::stdout().as_fd()),

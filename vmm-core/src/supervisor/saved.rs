@@ -22,8 +22,8 @@ use super::room::{RoomState, Server};
 use super::timers::Timers;
 use crate::spec::OnCrash;
 
-/// Changed with every change of what is saved.
-pub const VERSION: u32 = 3;
+/// Changed with every change of what is saved, and of what the processes of a running VM are told.
+pub const VERSION: u32 = 4;
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -31,8 +31,8 @@ pub struct Successor {
     pub warm: bool,
     /// Why it is being killed, or has failed.
     pub blame: Option<String>,
-    /// When it was asked whether it still turns, if it has not answered since.
-    pub asked: Option<Instant>,
+    /// At which look it was asked whether it still turns, if it has not answered since.
+    pub asked: Option<u32>,
     /// It was started because the present one has died, and waits for nothing but the end of that one's I/O.
     pub is_restart: bool,
 }

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 use vmbus::ipc::Socket;
 use vmm_core::pc::boot::halting_kernel;
+use vmm_core::supervisor::chronicle::{Event, read_after};
 use vmm_core::supervisor::control::{Reply, Request, connect_to};
 use vmm_core::supervisor::crash_report;
 use vmm_core::supervisor::keeper::is_orphaned;
@@ -64,6 +65,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "the_death_of_the_control_plane_ends_the_vm_with_status_4",
         the_death_of_the_control_plane_ends_the_vm_with_status_4,
+    ),
+    (
+        "a_control_plane_that_hangs_ends_the_vm_with_status_4",
+        a_control_plane_that_hangs_ends_the_vm_with_status_4,
     ),
     (
         "a_signal_ends_everything_in_order",
@@ -447,6 +452,25 @@ fn the_death_of_the_control_plane_ends_the_vm_with_status_4() {
             .any(|(_, line)| line.ends_with(" bus killed by SIGABRT"));
         assert_eq!(is_told, play == "die-bus", "{lines:?}");
     }
+}
+
+fn a_control_plane_that_hangs_ends_the_vm_with_status_4() {
+    let place = Place::new();
+    let why = "hangs: no answer for 1 seconds";
+    place
+        .run(&["--cmdline", "deaf-bus", "--patience", "1", "--disk", "memory=1M"])
+        .expect(4, &format!("bulkhead-bus killed by SIGKILL; {why}"));
+    let lines = crash_report::list(&place.path("run/vm"));
+    assert!(
+        matches!(&lines[..], [(_, line)] if line.ends_with(&format!("bus killed by SIGKILL ({why})"))),
+        "{lines:?}"
+    );
+    let last = read_after(&place.path("run/vm"), 0).pop();
+    let Some(Event::Ending { why: told }) = last.map(|entry| entry.event) else {
+        panic!("the end is told of")
+    };
+    assert!(told.contains(why), "{told}");
+    place.expect_ended();
 }
 
 fn a_signal_ends_everything_in_order() {

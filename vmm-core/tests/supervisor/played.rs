@@ -170,6 +170,12 @@ pub fn vcpu() -> ExitCode {
     let mut heard = Vec::new();
     let (mut runs, mut too_early) = (false, None);
     while let Some(mut message) = too_early.take().or_else(|| hear(&mut socket, &mut bus)) {
+        if let Heard::Bus(SupervisorToBus::Ping, _) = message {
+            if play != "deaf-bus" {
+                bus.send(&BusToSupervisor::Pong, &[]).ok();
+            }
+            continue;
+        }
         // A successor comes only after `Run`, which comes by the other socket.
         if let Heard::Bus(SupervisorToBus::ServerAttached { .. }, _) = message
             && !runs

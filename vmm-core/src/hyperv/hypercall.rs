@@ -111,15 +111,17 @@ impl SignalEvent {
     /// Length of the input block.
     pub const BYTES: usize = 8;
 
-    /// Parses the input block. VMBus connections have one flag: number 0.
+    /// Parses the input block. VMBus connections have one flag: number 0. Ids have 24 bits (TLFS 6.0b section 11.2).
     pub fn parse(block: [u8; Self::BYTES]) -> Result<Self, Status> {
         let input: SignalEventInput = zerocopy::transmute!(block);
         if input.reserved.get() != 0 || input.flag_number.get() != 0 {
             return Err(Status::InvalidParameter);
         }
-        Ok(Self {
-            connection_id: input.connection_id.get(),
-        })
+        let connection_id = input.connection_id.get();
+        if connection_id >> 24 != 0 {
+            return Err(Status::InvalidConnectionId);
+        }
+        Ok(Self { connection_id })
     }
 }
 

@@ -4,7 +4,9 @@
 //! KVM would take a VMCALL itself, so the page does port I/O instead. HvSignalEvent in its fast form becomes
 //! one 32-bit OUT of the connection id to [`SIGNAL_PORT`], where KVM matches it against one ioeventfd for each
 //! channel: no exit to user space. Every other call is one IN from [`SLOW_PORT`], which exits; the value that
-//! we answer is the call's status, and lands in RAX without a write of registers.
+//! we answer is the call's status, and lands in RAX without a write of registers. If that call is a HvSignalEvent (its input
+//! was in memory), the answer is the connection id with [`SEND`], and the page sends it as above: only KVM ever writes a
+//! channel's eventfd, which never waits, while a write of ours would, if another holder of it so wishes.
 //!
 //! ```text
 //!       endbr64                     first, or Linux switches indirect-branch tracking off for good
@@ -14,7 +16,7 @@
 //!       shr   r9, 32                flag number and reserved bits must be zero
 //!       jne   slow
 //!       mov   eax, edx
-//!       mov   edx, SIGNAL_PORT
+//! send: mov   edx, SIGNAL_PORT
 //!       xor   r9d, r9d              status: success, unless user space sets it on a miss
 //!       out   dx, eax
 //!       mov   rax, r9
@@ -22,7 +24,9 @@
 //!       int3                        against straight-line speculation
 //! slow: mov   r9, rdx               the port number takes RDX; the input is found in R9
 //!       mov   edx, SLOW_PORT
-//!       in    eax, dx               RCX control, R9 input, R8 output; EAX := status
+//!       in    eax, dx               RCX control, R9 input, R8 output; EAX := status, or SEND and connection id
+//!       btr   eax, 31
+//!       jc    send
 //!       ret
 //!       int3 …                      to the end of the page
 //! ```
@@ -38,11 +42,14 @@ pub const SIGNAL_PORT: u16 = 0x0520;
 /// Where the page reads the status of any other call.
 pub const SLOW_PORT: u16 = 0x0524;
 
+/// Bit 31 of what is read there: no status, but the id of a connection, which is to be written to [`SIGNAL_PORT`].
+pub const SEND: u32 = 1 << 31;
+
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
 
 /// The code, without the padding.
-const CODE: [u8; 49] = {
+const CODE: [u8; 55] = {
     let signal = SIGNAL_PORT.to_le_bytes();
     let slow = SLOW_PORT.to_le_bytes();
     [
@@ -53,7 +60,7 @@ const CODE: [u8; 49] = {
         0x49, 0xC1, 0xE9, 0x20, // shr r9, 32
         0x75, 0x10, // jne slow
         0x89, 0xD0, // mov eax, edx
-        0xBA, signal[0], signal[1], 0x00, 0x00, // mov edx, SIGNAL_PORT
+        0xBA, signal[0], signal[1], 0x00, 0x00, // send: mov edx, SIGNAL_PORT
         0x45, 0x31, 0xC9, // xor r9d, r9d
         0xEF, // out dx, eax
         0x4C, 0x89, 0xC8, // mov rax, r9
@@ -62,6 +69,8 @@ const CODE: [u8; 49] = {
         0x49, 0x89, 0xD1, // slow: mov r9, rdx
         0xBA, slow[0], slow[1], 0x00, 0x00, // mov edx, SLOW_PORT
         0xED, // in eax, dx
+        0x0F, 0xBA, 0xF0, 0x1F, // btr eax, 31
+        0x72, 0xE3, // jc send
         0xC3, // ret
         0xCC, // int3
     ]
@@ -79,7 +88,7 @@ mod tests {
     use super::*;
 
     /// Offset and length of each instruction, as the listing above has them.
-    const LISTING: [(usize, usize, &str); 20] = [
+    const LISTING: [(usize, usize, &str); 22] = [
         (0, 4, "endbr64"),
         (4, 7, "cmp"),
         (11, 2, "jne"),
@@ -96,9 +105,11 @@ mod tests {
         (38, 3, "mov r9, rdx"),
         (41, 5, "mov edx"),
         (46, 1, "in"),
-        (47, 1, "ret"),
-        (48, 1, "int3"),
-        (49, 1, "int3"),
+        (47, 4, "btr"),
+        (51, 2, "jc"),
+        (53, 1, "ret"),
+        (54, 1, "int3"),
+        (55, 1, "int3"),
         (4095, 1, "int3"),
     ];
 
@@ -121,6 +132,13 @@ mod tests {
             }
         }
         assert_eq!(CODE[38..41], [0x49, 0x89, 0xD1]);
+    }
+
+    #[test]
+    fn a_connection_id_is_sent_where_the_fast_form_sends_it() {
+        assert_eq!(CODE[47..51], [0x0F, 0xBA, 0xF0, SEND.trailing_zeros() as u8]);
+        assert_eq!(53_i8.wrapping_add(CODE[52] as i8), 24);
+        assert_eq!(CODE[24], 0xBA);
     }
 
     #[test]

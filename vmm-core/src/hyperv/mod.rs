@@ -7,7 +7,7 @@
 //! ```text
 //!   rdmsr/wrmsr 0x4000xxxx ──> msr.rs ──> Effect::{Overlay, Sint, EndOfMessage, Crash}
 //!   in  SLOW_PORT          ──> hypercall.rs ──> Call::{PostMessage, SignalEvent} or a status
-//!   out SIGNAL_PORT        ──> (KVM's ioeventfd; on a miss: the look-up of a connection id)
+//!   out SIGNAL_PORT        ──> (KVM's ioeventfd; a miss: there is no such connection)
 //!   message for the guest  ──> synic.rs ──> slot of the SIMP page, then SINT 2's vector
 //!   page MSR               ──> overlay.rs ──> which page of ours shows at which guest page
 //! ```

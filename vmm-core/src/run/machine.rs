@@ -14,9 +14,8 @@ use super::partition::Partition;
 use super::signals::Signals;
 use super::slot_timer::SlotTimer;
 use crate::child::Link;
-use crate::hyperv::hypercall::{
-    self, Call, MESSAGE_CONNECTIONS, PostMessage, SIGNAL_CONNECTION_BASE, SignalEvent, Status,
-};
+use crate::hyperv::hypercall::{self, Call, MESSAGE_CONNECTIONS, PostMessage, SignalEvent, Status};
+use crate::hyperv::hypercall_page;
 use crate::hyperv::msr::GeneralProtection;
 use crate::kvm::{CallRegisters, Event, GuestMapping, KvmError};
 
@@ -90,41 +89,19 @@ impl Machine {
         Ok(())
     }
 
-    /// A hypercall that took the slow port.
-    pub fn hypercall(&mut self, registers: CallRegisters) -> Status {
-        match hypercall::decode(registers.rcx, registers.r9) {
-            Err(status) => status,
-            Ok(Call::SignalEvent(signal)) => self.signal(signal.connection_id),
-            Ok(Call::SignalEventAt(gpa)) => {
-                let mut block = [0; SignalEvent::BYTES];
-                match self
-                    .copy_in(gpa, &mut block)
-                    .and_then(|()| SignalEvent::parse(block))
-                {
-                    Ok(signal) => self.signal(signal.connection_id),
-                    Err(status) => status,
-                }
-            }
-            Ok(Call::PostMessageAt(gpa)) => {
-                let mut block = [0; PostMessage::BYTES];
-                match self
-                    .copy_in(gpa, &mut block)
-                    .and_then(|()| PostMessage::parse(block))
-                {
-                    Ok(message) => self.post(&message),
-                    Err(status) => status,
-                }
-            }
-        }
-    }
-
-    /// HvSignalEvent that matched no ioeventfd: the channel is closed, or its eventfd is being exchanged, or it has
-    /// none.
-    pub fn signal(&mut self, connection_id: u32) -> Status {
-        match connection_id.checked_sub(SIGNAL_CONNECTION_BASE) {
-            Some(channel) if self.signals.kick(channel) => Status::Success,
-            _ => Status::InvalidConnectionId,
-        }
+    /// A hypercall that took the slow port: what is read there.
+    pub fn hypercall(&mut self, registers: CallRegisters) -> u32 {
+        let send = |signal: SignalEvent| hypercall_page::SEND | signal.connection_id;
+        let answer = match hypercall::decode(registers.rcx, registers.r9) {
+            Err(status) => Err(status),
+            Ok(Call::SignalEvent(signal)) => Ok(send(signal)),
+            Ok(Call::SignalEventAt(gpa)) => self.copy_in(gpa).and_then(SignalEvent::parse).map(send),
+            Ok(Call::PostMessageAt(gpa)) => self
+                .copy_in(gpa)
+                .and_then(PostMessage::parse)
+                .map(|message| self.post(&message) as u32),
+        };
+        answer.unwrap_or_else(|status| status as u32)
     }
 
     /// Looks again at message slots that were full.
@@ -178,7 +155,8 @@ impl Machine {
         entries
     }
 
-    /// Believes nothing but the order: `fd` is there if the message has one, and is used as an eventfd only.
+    /// Believes nothing but the order: `fd` is there if the message has one, and is given to KVM only, which refuses what
+    /// is no eventfd.
     fn act(&mut self, message: BusToVcpu, fd: Option<OwnedFd>) -> anyhow::Result<()> {
         let vm = &self.partition.vm;
         match (message, fd) {
@@ -231,11 +209,10 @@ impl Machine {
     }
 
     /// Copies a parameter block, once, into private memory.
-    fn copy_in(&self, gpa: u64, block: &mut [u8]) -> Result<(), Status> {
-        self.memory
-            .memory()
-            .read_slice(block, GuestAddress(gpa))
-            .map_err(|_| Status::InvalidParameter)
+    fn copy_in<const BYTES: usize>(&self, gpa: u64) -> Result<[u8; BYTES], Status> {
+        let mut block = [0; BYTES];
+        let copied = self.memory.memory().read_slice(&mut block, GuestAddress(gpa));
+        copied.map(|()| block).map_err(|_| Status::InvalidParameter)
     }
 
     fn schedule_slots(&mut self) {

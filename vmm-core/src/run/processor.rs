@@ -162,7 +162,7 @@ fn run_guest(shared: &Shared, index: u16, vcpu: &mut RunningVcpu) -> Option<Endi
                     vcpu.fault_msr();
                 }
             }
-            Next::SignalStatus(status) => vcpu.set_r9(status as u64),
+            Next::NoSuchConnection => vcpu.set_r9(Status::InvalidConnectionId as u64),
         }
     }
 }
@@ -173,27 +173,19 @@ enum Next {
     End(Ending),
     ReadMsr(u32),
     WriteMsr(u32, u64),
-    SignalStatus(Status),
+    NoSuchConnection,
 }
 
 fn on_exit(shared: &Shared, counters: &ExitCounters, exit: Exit<'_>) -> Next {
     match exit {
+        // No channel that is open has this connection id, or KVM would have taken it.
         Exit::PortWrite {
             port: SIGNAL_PORT,
             size: 4,
-            data,
+            ..
         } => {
             counters.count(Kind::SignalMiss);
-            // A string instruction brings several connection ids at once.
-            let mut machine = shared.machine();
-            let statuses = data.chunks_exact(4).map(|chunk| {
-                let id = chunk
-                    .iter()
-                    .rev()
-                    .fold(0, |id: u32, byte| id << 8 | u32::from(*byte));
-                machine.signal(id)
-            });
-            return Next::SignalStatus(statuses.last().unwrap_or(Status::Success));
+            return Next::NoSuchConnection;
         }
         Exit::PortWrite { port, size, data } => return write_port(shared, counters, port, size, data),
         Exit::PortRead {
@@ -203,9 +195,9 @@ fn on_exit(shared: &Shared, counters: &ExitCounters, exit: Exit<'_>) -> Next {
             registers,
         } => {
             counters.count(Kind::Hypercall);
-            let status = shared.machine().hypercall(registers) as u32;
+            let answer = shared.machine().hypercall(registers);
             for chunk in data.chunks_exact_mut(4) {
-                chunk.copy_from_slice(&status.to_le_bytes());
+                chunk.copy_from_slice(&answer.to_le_bytes());
             }
         }
         Exit::PortRead { port, size, data, .. } => read_port(shared, counters, port, size, data),

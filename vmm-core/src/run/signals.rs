@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! The eventfds of each open channel: the kick (guest to server) and the interrupt (server to guest).
 //!
+//! KVM writes and reads them. We do neither: who else holds one could make a write wait.
+//!
 //! Both are made by `bulkhead-bus` when the channel is opened and outlive the servers that hold duplicates of them, so
 //! that a kick that came while no server was there is still in the counter. When the channel is closed our handles go,
 //! and with them what KVM does on a write: a server that is gone, or slow, holds eventfds that nobody listens to.
@@ -31,10 +33,7 @@ impl Signals {
     pub fn bind_kick(&mut self, vm: &Vm, channel: u32, kick: OwnedFd) -> Result<(), KvmError> {
         self.unbind_kick(vm, channel);
         let event = Event::from(kick);
-        // Without the eventfd in the kernel the signal comes as an exit, and `kick` does it.
-        if let Err(error) = vm.bind_signal(&event, signal_connection(channel)) {
-            tracing::warn!(channel, "signals of the channel take the slow path: {error}");
-        }
+        vm.bind_signal(&event, signal_connection(channel))?;
         self.make_entry(channel)?.kick = Some(event);
         Ok(())
     }
@@ -42,7 +41,7 @@ impl Signals {
     /// Drops the channel's kick.
     pub fn unbind_kick(&mut self, vm: &Vm, channel: u32) {
         if let Some(event) = self.take(channel, |entry| entry.kick.take()) {
-            // It was not bound if `bind_kick` said so.
+            // Bound by `bind_kick`; a failure leaves an ioeventfd that goes with the VM.
             vm.unbind_signal(&event, signal_connection(channel)).ok();
         }
     }
@@ -76,12 +75,6 @@ impl Signals {
             // Bound by `bind_interrupt`; a failure leaves an irqfd that goes when its last holder does.
             vm.unbind_vp_interrupt(&event, vp).ok();
         }
-    }
-
-    /// Kicks the channel's server: the guest's signal took the slow path. False: there is no such channel.
-    pub fn kick(&self, channel: u32) -> bool {
-        let kick = self.channels.get(&channel).and_then(|entry| entry.kick.as_ref());
-        kick.inspect(|event| event.signal()).is_some()
     }
 
     /// Channels with eventfds.

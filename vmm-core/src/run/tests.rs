@@ -164,7 +164,7 @@ fn a_signal_of_a_bound_channel_writes_its_eventfd_without_an_exit() {
 }
 
 #[test]
-fn a_string_of_signals_is_taken_apart() {
+fn a_string_of_signals_is_no_signal() {
     let Some(mut bench) = Bench::new() else { return };
     bench.write(BLOCK, &[1, 0, 0, 0, 2, 0, 0, 0]);
     // mov rsi, BLOCK; mov ecx, 2; mov edx, port; rep outsd

@@ -118,21 +118,51 @@ fn a_message_to_another_port_than_vmbus_reaches_nobody() {
 }
 
 #[test]
-fn a_signal_of_a_bound_channel_that_takes_the_slow_path_reaches_its_eventfd() {
+fn a_signal_whose_input_is_in_memory_reaches_the_eventfd_of_its_channel() {
     use std::os::fd::AsFd;
     let Some(mut bench) = Bench::new() else { return };
     let kick = Event::new().expect("eventfd");
     let bind = BusToVcpu::BindSignal { channel: 7 };
     assert_eq!(bench.hear_from_bus(&bind, &[kick.as_fd()]), None);
-    // The slow form: the input is in memory.
+    let mut code = Code::default().enable_hypercalls();
+    // The last two name no channel that is open.
+    for (index, id) in [
+        signal_connection(7),
+        signal_connection(8),
+        signal_connection(7) | 1 << 31,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = index as u64 * 8;
+        bench.write(BLOCK + at, &id.to_le_bytes());
+        code = code.hypercall(0x5D, BLOCK + at).store_rax(RESULTS + at);
+    }
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert!(kick.drain());
+    assert_eq!([0, 1, 2].map(|index| bench.result(index)), [0, 0x12, 0x12]);
+    assert_eq!(bench.exits_of("signal_miss"), 1);
+}
+
+#[test]
+fn a_kick_that_cannot_be_written_without_waiting_keeps_no_processor_waiting() {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use std::os::fd::AsFd;
+    let Some(mut bench) = Bench::new() else { return };
+    // One that blocks, and is as full as it gets.
+    let kick = EventFd::from_flags(EfdFlags::empty()).expect("eventfd");
+    kick.write(u64::MAX - 1).expect("written");
+    let bind = BusToVcpu::BindSignal { channel: 7 };
+    assert_eq!(bench.hear_from_bus(&bind, &[kick.as_fd()]), None);
     bench.write(BLOCK, &signal_connection(7).to_le_bytes());
     let code = Code::default()
         .enable_hypercalls()
         .hypercall(0x5D, BLOCK)
-        .store_rax(RESULTS);
+        .store_rax(RESULTS)
+        .hypercall(0x1_005D, u64::from(signal_connection(7)))
+        .store_rax(RESULTS + 8);
     assert_eq!(bench.run(code), Ending::PowerOff);
-    assert!(kick.drain());
-    assert_eq!(bench.result(0), 0);
+    assert_eq!((bench.result(0), bench.result(1)), (0, 0));
 }
 
 fn event_fd() -> OwnedFd {
@@ -144,7 +174,7 @@ fn event_fd() -> OwnedFd {
 #[test]
 fn what_bulkhead_bus_must_not_say_ends_the_vm_and_touches_nothing() {
     use std::os::fd::AsFd;
-    let file = File::open("/dev/null").expect("opened");
+    let file = || OwnedFd::from(File::open("/dev/null").expect("opened"));
     let cases = [
         (BusToVcpu::RaiseInterrupt { channel: 1, vp: 1 }, None),
         (
@@ -170,10 +200,8 @@ fn what_bulkhead_bus_must_not_say_ends_the_vm_and_touches_nothing() {
             None,
         ),
         // No eventfd.
-        (
-            BusToVcpu::BindInterrupt { channel: 1, vp: 0 },
-            Some(OwnedFd::from(file)),
-        ),
+        (BusToVcpu::BindInterrupt { channel: 1, vp: 0 }, Some(file())),
+        (BusToVcpu::BindSignal { channel: 1 }, Some(file())),
     ];
     for (message, fd) in cases {
         let Some(mut bench) = Bench::new() else { return };

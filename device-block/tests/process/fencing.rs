@@ -6,18 +6,22 @@
 use crate::room::*;
 use crate::slow::{Kind, SlowDisk};
 use device_block::config::DiskConfig;
-use device_block::vsc::Command;
+use device_block::vsc::{Command, Room};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use std::os::fd::AsFd;
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
+use vmbus::ipc::ServerToSupervisor;
+use vmbus::lease::{self, Place};
 
 const BYTES: u32 = 4096;
 
 /// For how long the host does not answer after the death.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// Two writes and a read are in flight when the server is killed, and for seconds after it. Cached writes that have to be on
-/// the disk before they are answered follow one another.
+/// Writes and a read are in flight when the server is killed, and for seconds after it. A single cached write: a second one
+/// may be begun by a thread of the dying process or not, before the kill or after it.
 fn waits(kind: Kind, direct: bool) {
     let Some(slow) = SlowDisk::new(kind) else {
         return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
@@ -39,18 +43,18 @@ fn waits(kind: Kind, direct: bool) {
         true => Command::write,
         false => Command::write_durable,
     };
-    for (id, command) in [
+    let mut commands = vec![
         write(0, 0, written, BYTES),
-        write(0, 2 << 20, second, BYTES),
         Command::read(0, 1 << 20, read, BYTES),
-    ]
-    .iter()
-    .enumerate()
-    {
-        primary.queue_as(command, id as u64 + 1).unwrap();
+    ];
+    if direct {
+        commands.push(write(0, 2 << 20, second, BYTES));
+    }
+    for (id, command) in (1..).zip(&commands) {
+        primary.queue_as(command, id).unwrap();
     }
     primary.channel.flush().unwrap();
-    slow.wait_held(if direct { 3 } else { 2 });
+    slow.wait_held(commands.len());
 
     let dying = room.child.pidfd.try_clone().unwrap();
     match direct {
@@ -93,13 +97,13 @@ fn waits(kind: Kind, direct: bool) {
     let mut ids = Vec::new();
     let deadline = room.deadline();
     primary
-        .collect(3, deadline, |id, reply| {
+        .collect(commands.len(), deadline, |id, reply| {
             assert!(reply.is_good(BYTES), "{reply:?}");
             ids.push(id);
         })
         .unwrap();
     ids.sort_unstable();
-    assert_eq!(ids, [1, 2, 3]);
+    assert!(ids.iter().copied().eq(1..=commands.len() as u64), "{ids:?}");
     assert_eq!(slow.early(), Vec::<String>::new());
     assert!(get(&room, read, BYTES as usize) == stored);
     // A newer write, and nothing older that comes after it.
@@ -125,4 +129,122 @@ fn a_successor_waits_for_cached_requests_that_the_block_layer_still_has() {
 #[test]
 fn a_successor_waits_for_requests_that_a_file_system_in_user_space_still_has() {
     waits(Kind::File, true);
+}
+
+/// The lease of a room's disk is looked at through a description of the test's own, as a supervisor does.
+fn is_free(room: &Room, disk: &OwnedFd) -> bool {
+    let place = Place::lease(room.journal()).unwrap();
+    lease::is_free(disk.as_fd(), place).unwrap()
+}
+
+/// Told to stop while a write and a read are in flight.
+fn lets_go_late(direct: bool) {
+    let Some(slow) = SlowDisk::new(Kind::Loop) else {
+        return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    };
+    let disk = DiskConfig {
+        direct,
+        ..disk_config()
+    };
+    let mut room = room_with(disk, slow.open());
+    let mut primary = room.open_all(0).unwrap().remove(0);
+    let page = room.guest.allocate(2).unwrap();
+    slow.hold();
+    let commands = [
+        Command::write_durable(0, 0, page, BYTES),
+        Command::read(0, 1 << 20, page, BYTES),
+    ];
+    for (id, command) in (1..).zip(&commands) {
+        primary.queue_as(command, id).unwrap();
+    }
+    primary.channel.flush().unwrap();
+    slow.wait_held(2);
+    let look = slow.open();
+    room.supervisor.stop().unwrap();
+    for _ in 0..100 {
+        // One that has let go ends, and does not answer any more.
+        let deadline = room.deadline();
+        room.supervisor.inspect(deadline).unwrap();
+        assert!(!is_free(&room, &look), "let go while the host works on it");
+    }
+    slow.release();
+    let deadline = room.deadline();
+    let said = room.supervisor.next(deadline, "Released").unwrap();
+    assert!(matches!(said, ServerToSupervisor::Released), "{said:?}");
+    assert!(is_free(&room, &look));
+    // What was in flight is answered, by the old one.
+    let mut answers = 0;
+    primary
+        .collect(2, deadline, |_, reply| {
+            assert!(reply.is_good(BYTES), "{reply:?}");
+            answers += 1;
+        })
+        .unwrap();
+    assert_eq!(answers, 2);
+    assert!(room.wait_end().unwrap().is_success());
+}
+
+#[test]
+fn a_server_that_is_told_to_stop_lets_go_when_its_direct_io_is_over() {
+    lets_go_late(true);
+}
+
+#[test]
+fn a_server_that_is_told_to_stop_lets_go_when_its_cached_io_is_over() {
+    lets_go_late(false);
+}
+
+/// What a request in flight refers to: the description that the server does its I/O on.
+fn description(room: &Room, disk: &OwnedFd) -> Option<OwnedFd> {
+    let identity = |path: String| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let wanted = identity(format!("/proc/self/fd/{}", disk.as_raw_fd()));
+    let folder = format!("/proc/{}/fd", room.child.pid);
+    let numbers = std::fs::read_dir(&folder).ok()?.flatten();
+    let mut numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let number = numbers.find(|number: &i32| identity(format!("{folder}/{number}")) == wanted)?;
+    pidfd_getfd(&room.child.pidfd, number, PidfdGetfdFlags::empty()).ok()
+}
+
+fn lease_ends(direct: bool, open: impl Fn() -> OwnedFd) {
+    let look = open();
+    if !lease::proves_end(look.as_fd()) {
+        return skip("temporary files are on a file system whose locks prove nothing");
+    }
+    let disk = DiskConfig {
+        direct,
+        ..disk_config()
+    };
+    let mut room = room_with(disk, open());
+    let Some(in_flight) = description(&room, &look) else {
+        return skip("this user may not have a server's descriptors");
+    };
+    let mut primary = room.open_all(0).unwrap().remove(0);
+    assert!(run(&room, &mut primary, &Command::flush(0)).is_good(0));
+    assert!(!is_free(&room, &look), "it serves without a lease");
+    room.kill().unwrap();
+    assert_eq!(is_free(&room, &look), !direct);
+    drop(in_flight);
+    // The kernel closes the dead process's descriptors in the background, and there is no event for it.
+    let deadline = room.deadline();
+    while !is_free(&room, &look) {
+        assert!(Instant::now() < deadline, "nothing is in flight any more");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn the_lease_of_a_dead_server_is_held_by_its_direct_io() {
+    let Some(device) = SlowDisk::new(Kind::Loop) else {
+        return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    };
+    lease_ends(true, || device.open());
+}
+
+#[test]
+fn the_lease_of_a_dead_server_with_cached_io_ends_with_its_process() {
+    let file = image(1 << 20);
+    lease_ends(false, || open(file.path()));
 }

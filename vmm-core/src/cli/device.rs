@@ -11,6 +11,8 @@ use vmbus::ipc::PeerFault;
 use super::talk::{ask, connect, receive_within};
 use crate::spec::Name;
 use crate::supervisor::control::{Reply, Request};
+use crate::supervisor::folder::base;
+use crate::supervisor::keeper::is_orphaned;
 
 #[derive(Subcommand)]
 pub(super) enum DeviceCommand {
@@ -124,11 +126,24 @@ fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> 
         Ok(Reply::Refused(why)) => bail!("{why}"),
         Ok(other) => bail!("{vm} answers {other:?}"),
         Err(error) if matches!(error.downcast_ref(), Some(PeerFault::Eof)) => {
-            bail!("the VM ended before {device} was swapped")
+            bail!("{}", interrupted(vm, &device))
         }
         Err(error) => Err(error.context(format!(
             "whether {device} was swapped is not known (bulkhead events {vm} will show it)"
         ))),
+    }
+}
+
+/// The supervisor has closed the connection without an answer. The VM may have another one already.
+fn interrupted(vm: &Name, device: &str) -> String {
+    if is_orphaned(&base().join(vm.as_str())).unwrap_or(false) {
+        format!(
+            "the supervisor of {vm} was killed, and the VM goes on: `bulkhead adopt {vm}` completes the swap of {device} or undoes it"
+        )
+    } else if connect(vm).is_ok() {
+        format!("{vm} has another supervisor now: `bulkhead events {vm}` shows whether {device} was swapped")
+    } else {
+        format!("the VM ended before {device} was swapped")
     }
 }
 

@@ -6,12 +6,15 @@
 //! takes no harm from hearing twice that a server is gone, and a server of which it may not have heard is killed.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use vmbus::ipc::{PeerFault, Socket, SupervisorToBus};
+use nix::unistd::geteuid;
+use vmbus::ipc::{PeerFault, Socket, SupervisorToBus, SupervisorToServer};
 
 use super::backend::Held;
 use super::chronicle::{Chronicle, Event};
@@ -19,7 +22,7 @@ use super::control::Listener;
 use super::folder::Folder;
 use super::input::Input;
 use super::keeper::mirror::Keeper;
-use super::keeper::{FromKeeper, LISTENER, ToKeeper, first_word, receive_kept};
+use super::keeper::{FromKeeper, LISTENER, ToKeeper, first_word, receive_kept, supervisor_of};
 use super::oom::OomWatch;
 use super::policy::History;
 use super::process::Process;
@@ -55,25 +58,39 @@ impl Given {
     /// Asks the keeper of a VM.
     fn ask(name: &Name, base: &Path) -> Result<Self> {
         let path = base.join(name.as_str());
+        // Their keeper would only hang up.
+        let owner = fs::symlink_metadata(&path).map(|folder| folder.uid());
+        if let Ok(owner) = owner
+            && owner != geteuid().as_raw()
+        {
+            bail!("the VM {name} is one of the user {owner}: nobody else can adopt it");
+        }
         let Some((mut socket, word)) = first_word(&path)? else {
             bail!("no VM named {name} runs for this user (bulkhead list shows which do)");
         };
         let mut given = (BTreeMap::new(), Texts::new());
+        let mut asked = false;
         let mut next = word.map(|word| (word, Vec::new()));
         loop {
             match next {
-                Ok((FromKeeper::Orphaned, _)) => socket.send(&ToKeeper::Adopt, &[])?,
+                Ok((FromKeeper::Orphaned, _)) => {
+                    asked = true;
+                    socket.send(&ToKeeper::Adopt, &[])?;
+                }
                 Ok((FromKeeper::Keep { names }, fds)) => given.0.extend(names.into_iter().zip(fds)),
                 Ok((FromKeeper::Write { name, bytes }, _)) => {
                     given.1.insert(name, bytes);
                 }
                 Ok((FromKeeper::All, _)) => break,
-                Ok((FromKeeper::Supervised, _)) => {
-                    let process = std::fs::read_to_string(path.join("lock")).unwrap_or_default();
+                Ok((FromKeeper::Supervised, _)) if asked => {
                     bail!(
-                        "the VM {name} has a supervisor (process {}): there is nothing to adopt",
-                        super::process::printable(process.trim())
-                    );
+                        "the VM {name} was adopted by another process just before: there is nothing to adopt"
+                    )
+                }
+                Ok((FromKeeper::Supervised, _)) => {
+                    let process = supervisor_of(&path);
+                    let process = process.map_or(String::new(), |process| format!(" (process {process})"));
+                    bail!("the VM {name} has a supervisor{process}: there is nothing to adopt")
                 }
                 Ok((FromKeeper::Ready { .. }, _)) => bail!("the keeper of {name} is out of turn"),
                 Err(PeerFault::Eof) => bail!("the VM {name} has just ended"),
@@ -194,7 +211,7 @@ impl Given {
             told_to_stop: saved.told_to_stop.then(Instant::now),
             successor,
             leaving,
-            swap: None,
+            swap: saved.swap,
             standby_ends: StandbyEnds::default(),
             newest: saved.newest,
             history: saved.history,
@@ -308,6 +325,7 @@ impl Supervisor {
         let gone = SupervisorToBus::ServerGone { device, generation };
         match &room.server {
             Server::Running { process, ready, .. } => {
+                let ready = *ready;
                 if !process.introduced {
                     return self.kill_server(index, generation, DISOWNED);
                 }
@@ -317,6 +335,8 @@ impl Supervisor {
                     self.timers.set(now + START_DEADLINE, overdue);
                 }
                 if room.told_to_stop.is_some() {
+                    // Again: it may not have been sent. A second one says nothing new.
+                    room.ask(&SupervisorToServer::Stop);
                     let room = index;
                     let overdue = Timer::StopOverdue { room, generation };
                     self.timers.set(now + STOP_DEADLINE, overdue);
@@ -352,7 +372,7 @@ impl Supervisor {
         if !successor.process.introduced {
             successor.blame(DISOWNED);
             successor.process.kill();
-        } else if room.plan.standby || is_last_hope {
+        } else if is_last_hope || (room.plan.standby && room.swap.is_none()) {
             if !successor.is_prepared() {
                 let overdue = Timer::ReadyOverdue {
                     room: index,
@@ -362,7 +382,11 @@ impl Supervisor {
             }
         } else {
             // Of a swap that had not come far: nobody waits for it any more.
-            self.dismiss_successor(index);
+            let why = format!(
+                "its supervisor was killed before the old server was told to stop; server {} goes on",
+                room.generation
+            );
+            self.lose_successor(index, &why);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! The supervisor's state as bytes, for the keeper and the next supervisor: one text for the VM, and one for each device.
 //!
 //! Saved is what a new supervisor needs to go on. What was under way and can be begun again is not: inspections, clients,
-//! questions to servers, swaps. Times are in milliseconds since the supervisor's start ([`super::timers`]), which is saved as
+//! questions to servers. Times are in milliseconds since the supervisor's start ([`super::timers`]), which is saved as
 //! a time of CLOCK_MONOTONIC.
 
 use std::collections::BTreeMap;
@@ -19,11 +19,12 @@ use super::plan::Room;
 use super::policy::{Decision, History};
 use super::process::Process;
 use super::room::{RoomState, Server};
+use super::swap::Swap;
 use super::timers::Timers;
 use crate::spec::OnCrash;
 
 /// Changed with every change of what is saved, and of what the processes of a running VM are told.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +59,7 @@ pub struct SavedRoom {
     pub told_to_stop: bool,
     pub successor: Option<SavedSuccessor>,
     pub leaving: Vec<(u32, SavedProcess)>,
+    pub swap: Option<Swap>,
     pub newest: u32,
     pub history: History,
     pub deaths: u32,
@@ -192,6 +194,7 @@ fn save_room(room: &RoomState, timers: &Timers) -> SavedRoom {
             .iter()
             .map(|leaving| (leaving.generation, saved(&leaving.process, timers)))
             .collect(),
+        swap: room.swap.clone(),
         newest: room.newest,
         history: room.history.clone(),
         deaths: room.deaths,

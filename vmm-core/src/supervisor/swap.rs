@@ -14,6 +14,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use vmbus::ipc::{ServerToSupervisor, SupervisorToBus, SupervisorToServer};
 
 use super::chronicle::Event;
@@ -29,7 +30,7 @@ use super::{MESSAGES_PER_TURN, Phase, Supervisor, backend, process, report};
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A planned replacement under way.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Swap {
     /// The servers' program from now on, if it is another one.
     program: Option<PathBuf>,
@@ -121,6 +122,12 @@ impl Supervisor {
             return;
         }
         let generation = room.generation;
+        room.told_to_stop = Some(Instant::now());
+        // It still serves. Were this process killed just after the next message, the next supervisor must know of it.
+        self.tell_keeper();
+        let Some(room) = self.rooms.get_mut(index) else {
+            return;
+        };
         room.told_to_stop = Some(Instant::now());
         room.gone_since = room.told_to_stop;
         if room.ask(&SupervisorToServer::Stop) {

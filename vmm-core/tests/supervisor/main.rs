@@ -2,6 +2,7 @@
 //! The supervisor as a process, with children that are played: this program plays `bulkhead-vcpu` or a server when it is
 //! started under such a name, and runs the tests otherwise.
 
+mod adoption;
 mod cases;
 mod fencing;
 mod operator;
@@ -29,11 +30,18 @@ fn main() -> ExitCode {
     let args: Vec<String> = args.collect();
     let listing = args.iter().any(|arg| arg == "--list");
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
-    let chosen: Vec<_> = [cases::ALL, fencing::ALL, operator::ALL, swaps::ALL, orphans::ALL]
-        .concat()
-        .into_iter()
-        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
-        .collect();
+    let chosen: Vec<_> = [
+        cases::ALL,
+        fencing::ALL,
+        operator::ALL,
+        swaps::ALL,
+        orphans::ALL,
+        adoption::ALL,
+    ]
+    .concat()
+    .into_iter()
+    .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
+    .collect();
     if listing {
         for (name, _) in chosen {
             println!("{name}: test");

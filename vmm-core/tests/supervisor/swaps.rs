@@ -97,7 +97,7 @@ fn with_standby(place: &Place, play: &str) -> Running {
 }
 
 /// The standby's process, once it waits.
-fn standby(place: &Place) -> i32 {
+pub fn standby(place: &Place) -> i32 {
     until(|| match &place.ask(&Request::Devices)[..] {
         [Reply::Devices(lines)] => match &lines[..] {
             [line] => line
@@ -177,7 +177,7 @@ fn kill_hard(process: i32) {
     kill(Pid::from_raw(process), Signal::SIGKILL).expect("killed");
 }
 
-fn runs(process: i32, program: &str) -> bool {
+pub fn runs(process: i32, program: &str) -> bool {
     let line = std::fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&line).contains(program)
 }

@@ -179,12 +179,22 @@ pub fn first_word(folder: &Path) -> Result<Option<(Socket, Result<FromKeeper, Pe
     Ok(None)
 }
 
-/// Whether the process that holds the folder is gone.
+/// The process that has said last that it holds the folder, and whether it is gone.
+fn holder(folder: &Path) -> Option<(i32, bool)> {
+    let text = std::fs::read_to_string(folder.join("lock")).ok()?;
+    let number = text.trim().parse().ok().filter(|number| *number > 0)?;
+    let asked = nix::sys::signal::kill(nix::unistd::Pid::from_raw(number), None);
+    Some((number, asked == Err(nix::errno::Errno::ESRCH)))
+}
+
 fn is_killed(folder: &Path) -> bool {
-    let text = std::fs::read_to_string(folder.join("lock")).unwrap_or_default();
-    let process = text.trim().parse().ok().filter(|process| *process > 0);
-    let process = process.map(nix::unistd::Pid::from_raw);
-    process.is_some_and(|process| nix::sys::signal::kill(process, None) == Err(nix::errno::Errno::ESRCH))
+    holder(folder).is_some_and(|(_, is_gone)| is_gone)
+}
+
+/// The supervisor's process. `None`: it has just become that, and has not said so yet.
+pub fn supervisor_of(folder: &Path) -> Option<i32> {
+    let (number, is_gone) = holder(folder)?;
+    (!is_gone).then_some(number)
 }
 
 /// The keeper's next word, and what came with it.

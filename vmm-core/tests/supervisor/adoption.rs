@@ -1,0 +1,250 @@
+#![forbid(unsafe_code)]
+//! Adoptions at the worst moments: several at once, in the middle of a swap, beside a standby.
+
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
+use vmm_core::supervisor::chronicle::{self, Event};
+use vmm_core::supervisor::control::{DeviceLine, Reply, Request};
+
+use super::cases::{PATIENCE, Place, Running, is_gone, replies};
+use super::swaps::{process, program, runs, standby, until};
+
+pub const ALL: &[(&str, fn())] = &[
+    (
+        "of_several_adopters_one_is_let_and_each_other_says_why_not",
+        of_several_adopters_one_is_let_and_each_other_says_why_not,
+    ),
+    (
+        "a_swap_that_had_not_come_far_is_undone_at_adoption",
+        a_swap_that_had_not_come_far_is_undone_at_adoption,
+    ),
+    (
+        "a_swap_whose_old_server_was_told_to_stop_is_completed_at_adoption",
+        a_swap_whose_old_server_was_told_to_stop_is_completed_at_adoption,
+    ),
+    (
+        "a_standby_outlives_the_supervisor_and_takes_over_under_the_next",
+        a_standby_outlives_the_supervisor_and_takes_over_under_the_next,
+    ),
+    (
+        "the_vm_of_another_user_is_not_adopted",
+        the_vm_of_another_user_is_not_adopted,
+    ),
+];
+
+/// A VM with a disk whose supervisor can be killed (its console is not the test's).
+fn started(place: &Place, disk: &str) -> Running {
+    let running = place.start(&["--cmdline", "watch", "--disk", disk, "--console", "none"]);
+    place.wait_until_it_runs();
+    running
+}
+
+fn signal(process: i32, signal: Signal) {
+    kill(Pid::from_raw(process), signal).expect("it is there");
+}
+
+fn disk(place: &Place) -> DeviceLine {
+    match &place.ask(&Request::Devices)[..] {
+        [Reply::Devices(lines)] => lines[0].clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn ends_with(place: &Place, adopter: Running, processes: &[i32]) -> String {
+    assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
+    let ended = adopter.wait();
+    ended.expect(0, "");
+    for process in processes {
+        until(|| is_gone(*process).then_some(()));
+    }
+    place.expect_ended();
+    ended.stderr
+}
+
+/// What happened to the VM, in order.
+fn events(place: &Place) -> Vec<Event> {
+    let read = chronicle::read_after(&place.path("run/vm"), 0);
+    read.into_iter().map(|entry| entry.event).collect()
+}
+
+fn of_several_adopters_one_is_let_and_each_other_says_why_not() {
+    let place = Place::new();
+    let mut supervisor = started(&place, "memory=1M");
+    let server = process(&place, "disk0");
+    for _ in 0..5 {
+        supervisor.kill();
+        let mut adopters: Vec<Running> = (0..6).map(|_| place.adopt("vm")).collect();
+        let deadline = Instant::now() + PATIENCE;
+        let mut refused = Vec::new();
+        while refused.len() < 5 {
+            assert!(Instant::now() < deadline, "{} were refused", refused.len());
+            let ended = adopters
+                .iter_mut()
+                .position(|adopter| adopter.child.try_wait().expect("ours").is_some());
+            match ended {
+                Some(ended) => refused.push(adopters.remove(ended).wait()),
+                None => std::thread::yield_now(),
+            }
+        }
+        supervisor = adopters.remove(0);
+        place.wait_until_it_runs();
+        // The faster one may not have said yet which process it is.
+        let winner = supervisor.child.id();
+        let sentences = [
+            format!("the VM vm has a supervisor (process {winner}): "),
+            "the VM vm has a supervisor: ".to_owned(),
+            "the VM vm was adopted by another process just before: ".to_owned(),
+        ];
+        for ended in refused {
+            ended.expect(1, ": there is nothing to adopt\n");
+            let sentence = ended.stderr.strip_prefix("bulkhead: ").expect("a sentence");
+            assert_eq!(sentence.lines().count(), 1, "{sentence}");
+            let is_expected = sentences.iter().any(|expected| sentence.starts_with(expected));
+            assert!(is_expected, "{sentence}");
+        }
+        assert_eq!(process(&place, "disk0"), server);
+    }
+    ends_with(&place, supervisor, &[server]);
+}
+
+/// Asks for a swap of the disk to a program of that play, and returns what hears the answer.
+fn begin_swap(place: &Place, play: &str) -> vmbus::ipc::Socket {
+    let mut asked = place.connect();
+    let request = Request::Swap {
+        device: "disk0".to_owned(),
+        program: Some(program(place, play)),
+        patience_s: 60,
+    };
+    asked.send(&request, &[]).expect("sent");
+    asked
+}
+
+fn own_program(place: &Place) -> String {
+    place.path("bulkhead-block").display().to_string()
+}
+
+fn a_swap_that_had_not_come_far_is_undone_at_adoption() {
+    for has_standby in [false, true] {
+        let place = Place::new();
+        let supervisor = started(&place, &format!("memory=1M,standby={has_standby}"));
+        let old = process(&place, "disk0");
+        let mut asked = begin_swap(&place, "cold");
+        let of_swap = until(|| {
+            let (_, _, process) = disk(&place).successor?;
+            runs(process, "swapped-cold").then_some(process)
+        });
+        // By the time of another answer the keeper has heard of all that came before.
+        disk(&place);
+        supervisor.kill();
+        assert_eq!(replies(&mut asked), []);
+        let adopter = place.adopt("vm");
+        place.wait_until_it_runs();
+        until(|| is_gone(of_swap).then_some(()));
+        if has_standby {
+            assert!(runs(standby(&place), "/bulkhead-block"));
+        }
+        let line = disk(&place);
+        assert_eq!(
+            (line.state.as_str(), line.process, line.program),
+            ("serves", Some(old), own_program(&place))
+        );
+        assert_eq!(line.successor.is_some(), has_standby);
+        let said = ends_with(&place, adopter, &[old]);
+        let sentence = "the swap of disk0 has failed: its supervisor was killed before the old server was told to stop; \
+                        server 1 goes on\n";
+        assert!(said.contains(sentence), "{said}");
+        let told = events(&place);
+        assert!(
+            told.iter().any(|event| matches!(event, Event::SwapFailed { .. })),
+            "{told:?}"
+        );
+    }
+}
+
+fn a_swap_whose_old_server_was_told_to_stop_is_completed_at_adoption() {
+    // The old one lets go while there is no supervisor; or hears only of the next one that it is to stop.
+    for lets_go_before in [true, false] {
+        let place = Place::new();
+        let supervisor = started(&place, "memory=1M");
+        let old = process(&place, "disk0");
+        signal(old, Signal::SIGSTOP);
+        let _asked = begin_swap(&place, "good");
+        until(|| (disk(&place).state == "stops").then_some(()));
+        supervisor.kill();
+        if lets_go_before {
+            signal(old, Signal::SIGCONT);
+            until(|| is_gone(old).then_some(()));
+        }
+        let adopter = place.adopt("vm");
+        place.wait_until_it_runs();
+        if !lets_go_before {
+            signal(old, Signal::SIGCONT);
+        }
+        let serves = |line: DeviceLine| (line.state == "serves" && line.generation > 1).then_some(line);
+        let line = until(|| serves(disk(&place)));
+        let good = place.path("swapped-good").display().to_string();
+        assert_eq!((line.generation, &line.program), (2, &good));
+        // Servers that follow are of the new program, too.
+        let second = line.process.expect("it serves");
+        assert!(runs(second, "swapped-good"));
+        signal(second, Signal::SIGKILL);
+        let third = until(|| serves(disk(&place)).filter(|line| line.generation > 2));
+        assert_eq!(third.program, good);
+        let third = third.process.expect("it serves");
+        assert!(runs(third, "swapped-good"));
+        let said = ends_with(&place, adopter, &[old, second, third]);
+        assert!(!said.contains("server 1"), "the old one is not to blame: {said}");
+        let told = events(&place);
+        let is_swap = |event: &Event| matches!(event, Event::Swap { from: 1, to: 2, .. });
+        assert!(told.iter().any(is_swap), "{told:?}");
+    }
+}
+
+fn a_standby_outlives_the_supervisor_and_takes_over_under_the_next() {
+    let place = Place::new();
+    let supervisor = started(&place, "memory=1M,standby=true");
+    let (first, second) = (process(&place, "disk0"), standby(&place));
+    supervisor.kill();
+    let adopter = place.adopt("vm");
+    place.wait_until_it_runs();
+    assert_eq!((process(&place, "disk0"), standby(&place)), (first, second));
+    signal(first, Signal::SIGKILL);
+    until(|| (process(&place, "disk0") == second).then_some(()));
+    let third = until(|| Some(standby(&place)).filter(|third| *third != second));
+    let mut now: Vec<i32> = place
+        .wait_until_it_runs()
+        .iter()
+        .map(|(_, process)| *process)
+        .collect();
+    now.sort_unstable();
+    assert_eq!(now.len(), 5, "vcpu, bus, keeper, server and standby: {now:?}");
+    ends_with(&place, adopter, &[first, second, third]);
+}
+
+fn the_vm_of_another_user_is_not_adopted() {
+    if !geteuid().is_root() {
+        println!("SKIP supervisor: only root can give a VM's folder to another user");
+        return;
+    }
+    let place = Place::new();
+    let supervisor = started(&place, "memory=1M");
+    let server = process(&place, "disk0");
+    supervisor.kill();
+    let folder = place.path("run/vm");
+    let give = |user| chown(Path::new(&folder), Some(user), None).expect("we are root");
+    give(65534);
+    let refused = place.adopt("vm").wait();
+    refused.expect(1, "");
+    assert_eq!(
+        refused.stderr,
+        "bulkhead: the VM vm is one of the user 65534: nobody else can adopt it\n"
+    );
+    give(0);
+    let adopter = place.adopt("vm");
+    place.wait_until_it_runs();
+    ends_with(&place, adopter, &[server]);
+}

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use sandbox::ExitCause;
 
-use vmbus::ipc::{BusToSupervisor, PeerFault, SupervisorToBus};
+use vmbus::ipc::{BusToSupervisor, SupervisorToBus};
 
 use super::events::show_lines;
 use super::oom::Finding;
@@ -61,22 +61,11 @@ impl Supervisor {
 
     fn on_bus_control(&mut self) {
         for _ in 0..MESSAGES_PER_TURN {
-            let Some(socket) = &mut self.bus.control else {
-                return;
-            };
-            let received = match socket.flush() {
-                Ok(()) => socket.recv::<BusToSupervisor>(),
-                Err(_) => Err(PeerFault::Eof),
-            };
-            match received {
-                Ok(Some((message, _))) => self.on_bus_message(message),
+            match self.bus.receive() {
+                Ok(Some(message)) => self.on_bus_message(message),
+                // After the end of its socket its own follows, and says why.
                 Ok(None) => return,
-                // Its end follows, and says why.
-                Err(PeerFault::Eof) => self.bus.control = None,
-                Err(fault) => {
-                    self.bus.control = None;
-                    self.kill_bus(format!("it does not speak our protocol: {fault}"));
-                }
+                Err(fault) => self.kill_bus(format!("it does not speak our protocol: {fault}")),
             }
         }
     }

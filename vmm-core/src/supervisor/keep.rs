@@ -80,14 +80,14 @@ impl Supervisor {
         let Some(keeper) = &mut self.keeper else {
             return;
         };
-        match keeper.receive() {
+        match keeper.process.receive() {
             Ok(Some(FromKeeper::Ready { report })) => {
                 keeper.ready = true;
                 self.on_ready(report, Reporter::Other);
             }
-            // It has nothing more to say. If it has ended, that is handled by itself.
-            Ok(_) => {}
-            Err(_) => keeper.process.kill(),
+            Ok(_) if keeper.process.control.is_some() => {}
+            // One that does not listen holds nothing. If it has ended, that is handled by itself.
+            Ok(_) | Err(_) => keeper.process.kill(),
         }
     }
 

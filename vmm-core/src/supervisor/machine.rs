@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vmbus::ipc::{ExitCause as VmExit, OnReset, PeerFault, SupervisorToVcpu, VcpuToSupervisor};
+use vmbus::ipc::{ExitCause as VmExit, OnReset, SupervisorToVcpu, VcpuToSupervisor};
 
 use super::chronicle::Event;
 use super::events::show_lines;
@@ -20,31 +20,23 @@ impl Supervisor {
         if let Err(error) = tell("bulkhead-vcpu", &mut self.vcpu, message, &[])
             && self.vcpu_said.is_none()
         {
-            self.vcpu_failed.get_or_insert(format!("{error:#}"));
-            self.vcpu.kill();
+            self.kill_vcpu(format!("{error:#}"));
         }
+    }
+
+    /// Its end follows, and that of the VM.
+    fn kill_vcpu(&mut self, why: String) {
+        self.vcpu_failed.get_or_insert(why);
+        self.vcpu.kill();
     }
 
     pub(super) fn on_vcpu_control(&mut self) {
         for _ in 0..MESSAGES_PER_TURN {
-            let Some(socket) = &mut self.vcpu.control else {
-                return;
-            };
-            let received = match socket.flush() {
-                Ok(()) => socket.recv::<VcpuToSupervisor>(),
-                Err(_) => Err(PeerFault::Eof),
-            };
-            match received {
-                Ok(Some((message, _))) => self.on_vcpu_message(message),
+            match self.vcpu.receive() {
+                Ok(Some(message)) => self.on_vcpu_message(message),
+                // After the end of its socket its own follows, and says why.
                 Ok(None) => return,
-                // Its end follows, and says why.
-                Err(PeerFault::Eof) => self.vcpu.control = None,
-                Err(fault) => {
-                    self.vcpu.control = None;
-                    self.vcpu_failed
-                        .get_or_insert(format!("it does not speak our protocol: {fault}"));
-                    self.vcpu.kill();
-                }
+                Err(fault) => self.kill_vcpu(format!("it does not speak our protocol: {fault}")),
             }
         }
     }

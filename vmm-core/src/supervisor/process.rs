@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Options, Profile, Spawn};
-use vmbus::ipc::{Socket, pair};
+use vmbus::ipc::{Message, PeerFault, Socket, pair};
 
 /// Limit: characters of a line; the rest of a longer one follows as another line.
 const MAX_LINE: usize = 1000;
@@ -104,6 +104,25 @@ impl Process {
             started,
             recorder: None,
             introduced: false,
+        }
+    }
+
+    /// Its next message; at the end of the socket none, and none any more. After a fault it is not heard any more either.
+    pub fn receive<M: Message>(&mut self) -> Result<Option<M>, PeerFault> {
+        let Some(control) = &mut self.control else {
+            return Ok(None);
+        };
+        let received = match control.flush() {
+            Ok(()) => control.recv(),
+            Err(_) => Err(PeerFault::Eof),
+        };
+        if received.is_err() {
+            self.control = None;
+        }
+        match received {
+            Ok(message) => Ok(message.map(|(message, _)| message)),
+            Err(PeerFault::Eof) => Ok(None),
+            Err(fault) => Err(fault),
         }
     }
 

@@ -264,7 +264,7 @@ impl RoomState {
     /// The next message of the server; at the end of the socket none, and none any more.
     pub fn receive(&mut self) -> Result<Option<ServerToSupervisor>, PeerFault> {
         match &mut self.server {
-            Server::Running { process, .. } => receive(process),
+            Server::Running { process, .. } => process.receive(),
             Server::Fencing { .. } | Server::Pausing | Server::Held => Ok(None),
         }
     }
@@ -377,28 +377,6 @@ impl RoomState {
             return false;
         };
         Flock::lock(journal, FlockArg::LockExclusiveNonblock).is_ok()
-    }
-}
-
-/// The next message of a server's process; at the end of the socket none, and none any more.
-pub(super) fn receive(process: &mut Process) -> Result<Option<ServerToSupervisor>, PeerFault> {
-    let Some(control) = &mut process.control else {
-        return Ok(None);
-    };
-    let received = match control.flush() {
-        Ok(()) => control.recv::<ServerToSupervisor>(),
-        Err(_) => Err(PeerFault::Eof),
-    };
-    match received {
-        Ok(message) => Ok(message.map(|(message, _)| message)),
-        Err(PeerFault::Eof) => {
-            process.control = None;
-            Ok(None)
-        }
-        Err(fault) => {
-            process.control = None;
-            Err(fault)
-        }
     }
 }
 

@@ -15,7 +15,7 @@ use vmbus::ipc::{PeerFault, ServerToSupervisor, SupervisorToServer};
 
 use super::process::Process;
 use super::report;
-use super::room::{RoomState, Server, ServerSettings, receive};
+use super::room::{RoomState, Server, ServerSettings};
 
 /// Limit: from the word that it serves no more to the end of a server's process.
 pub(super) const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
@@ -98,7 +98,7 @@ impl RoomState {
     /// The next message of the successor; at the end of the socket none, and none any more.
     pub fn receive_from_successor(&mut self) -> Result<Option<ServerToSupervisor>, PeerFault> {
         match &mut self.successor {
-            Some(successor) => receive(&mut successor.process),
+            Some(successor) => successor.process.receive(),
             None => Ok(None),
         }
     }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sandbox::{Namespaces, Options, profile};
-use vmbus::ipc::{PeerFault, SendError, Socket};
+use vmbus::ipc::{SendError, Socket};
 
-use super::{ARGUMENT, FromKeeper, ToKeeper, send_kept};
+use super::{ARGUMENT, ToKeeper, send_kept};
 use crate::supervisor::process::Process;
 
 /// Tells the VM's processes apart; those of the devices count from 1.
@@ -57,24 +57,6 @@ impl Keeper {
             ready: true,
             kept,
             written,
-        }
-    }
-
-    /// Its next word; at the end of the socket none, and none any more.
-    pub fn receive(&mut self) -> Result<Option<FromKeeper>, PeerFault> {
-        let Some(socket) = &mut self.process.control else {
-            return Ok(None);
-        };
-        let received = match socket.flush() {
-            Ok(()) => socket.recv::<FromKeeper>(),
-            Err(_) => Err(PeerFault::Eof),
-        };
-        match received {
-            Ok(message) => Ok(message.map(|(message, _)| message)),
-            Err(fault) => {
-                self.process.control = None;
-                Err(fault)
-            }
         }
     }
 

@@ -17,6 +17,7 @@
 //! | file | what | unsafe |
 //! | --- | --- | --- |
 //! | `shared.rs` | [`SharedMap`]: the mapping, copies, atomics; [`sealed_memfd`] | yes |
+//! | `huge.rs`   | mappings at which huge pages can be used as such | yes |
 //! | `fdio.rs` | `readv(2)` and friends straight into and out of a mapping | yes |
 //! | `uring.rs` | [`Uring`]: the same, asynchronous; buffers live until completion | yes |
 //! | `gpa.rs` | [`Gpa`], [`Gpn`], [`RamLayout`]: where guest-physical memory lies in the file | no |
@@ -34,6 +35,7 @@
 pub(crate) mod crash_point;
 mod fdio;
 mod gpa;
+mod huge;
 mod paged;
 mod ram;
 mod shared;

@@ -95,21 +95,7 @@ impl SharedMap {
             Access::ReadOnly => libc::PROT_READ,
             Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
         };
-        // SAFETY: a fresh mapping at an address of the kernel's choice; it aliases nothing that Rust knows.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                protection,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(HostError::last("map shared memory"));
-        }
-        let base = NonNull::new(base.cast()).ok_or(HostError::new("map shared memory", Errno::EFAULT))?;
+        let base = super::huge::map_shared(fd, len, protection)?;
         Ok(Self { base, len, access })
     }
 

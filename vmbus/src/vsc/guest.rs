@@ -116,6 +116,7 @@ impl SyntheticGuest {
         let GuestOptions { ram_bytes, vp_count } = options;
         let layout = RamLayout::for_size(ram_bytes);
         let (ram_fd, ram) = shared("synthetic-guest-ram", ram_bytes)?;
+        ram.collapse();
         let ram = GuestRam::new(ram, layout).map_err(|_| VscError::Missing("RAM of that size"))?;
         let flags_bytes = u64::from(vp_count) * PAGE_BYTES;
         let (event_flags_fd, event_flags) = shared("synthetic-guest-siefp", flags_bytes)?;

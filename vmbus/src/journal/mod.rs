@@ -150,6 +150,8 @@ impl Journal {
         }
         let length = usize::try_from(required_len()).expect("64-bit hosts only");
         let map = SharedMap::map(fd, length, Access::ReadWrite)?;
+        // The guest waits while a successor recovers.
+        map.fault_in(fd);
         let own = MAGIC | u64::from(OLDEST_READER_LAYOUT) << 32;
         // Ordering: what is in the journal was written by a process that is gone, or is looked at only to be refused.
         match map.load_u64(FIRST, Ordering::Acquire).expect(IN_RANGE) {

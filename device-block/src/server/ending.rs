@@ -3,6 +3,7 @@
 use super::{Channel, Server, ServerError};
 use crate::controller::Controller;
 use vmbus::channel::Endpoint;
+use vmbus::ipc::server_start::Control;
 
 /// Whether a channel ends, and why.
 pub(super) enum Ending {
@@ -110,6 +111,13 @@ impl Server {
     /// Lets a successor serve before this process has ended. Nothing is in flight.
     pub(super) fn release(&mut self) -> Result<(), ServerError> {
         self.fence.release()?;
-        Ok(self.control.released()?)
+        self.control.released()?;
+        // Each kick would wake this process, at the cost of the guest's processor, to tell it that it is not concerned.
+        for poll in self.channels.values().filter_map(|channel| channel.poll) {
+            self.io.cancel(poll)?;
+        }
+        self.io.submit_and_wait(0, None)?;
+        Control::linger();
+        Ok(())
     }
 }

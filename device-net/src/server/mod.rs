@@ -129,6 +129,7 @@ impl Server {
         self.nic.leave_to_successor();
         if result.is_ok() {
             self.control.released()?;
+            Control::linger();
         }
         result
     }

@@ -218,15 +218,16 @@ impl Control {
         self.socket.send(&ServerToSupervisor::Warm, &[])
     }
 
-    /// Answers a [`ControlRequest::Stop`]: nothing of the guest and of the back end is touched from here on. Exit
-    /// afterwards.
-    ///
+    /// Answers a [`ControlRequest::Stop`]: nothing of the guest and of the back end is touched from here on. Then
+    /// [`Self::linger`], and exit.
+    pub fn released(&mut self) -> Result<(), SendError> {
+        self.socket.send(&ServerToSupervisor::Released, &[])
+    }
+
     /// Returns after a while in which the successor begins. The end of a process, its memory, namespaces and io_uring, takes
     /// a processor for the better part of a millisecond, and a guest that waits for the successor would wait for that.
-    pub fn released(&mut self) -> Result<(), SendError> {
-        self.socket.send(&ServerToSupervisor::Released, &[])?;
+    pub fn linger() {
         std::thread::sleep(LEAVE_IN);
-        Ok(())
     }
 
     /// Whether to poll for writability, too.

@@ -279,6 +279,7 @@ impl Supervisor {
             timers,
             chronicle: Chronicle::open(folder.path()),
             reports: Vec::new(),
+            followed: Vec::new(),
             next_report: vm.next_report,
             first_report: vm.first_report,
             oom: OomWatch::new(),

@@ -27,8 +27,11 @@ impl Supervisor {
         for timer in self.timers.due(Instant::now()) {
             self.on_timer(timer);
         }
-        self.tell_keeper();
-        self.store_reports();
+        // A guest waits for others now.
+        if self.followed.is_empty() {
+            self.tell_keeper();
+            self.store_reports();
+        }
         Ok(())
     }
 
@@ -107,6 +110,7 @@ impl Supervisor {
     }
 
     pub(super) fn on_event(&mut self, source: Source, flags: PollFlags) {
+        self.catch_up();
         match source {
             Source::Signals => self.on_signals(),
             Source::Typed => self.on_typed(),
@@ -160,7 +164,10 @@ impl Supervisor {
     }
 
     pub(super) fn on_timer(&mut self, timer: Timer) {
+        self.catch_up();
         match timer {
+            // That was it.
+            Timer::Breather => {}
             Timer::StartOverdue => self.on_start_overdue(),
             Timer::ReadyOverdue { room, generation } => {
                 self.kill_server(room, generation, "did not get ready in time")

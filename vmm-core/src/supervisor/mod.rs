@@ -102,6 +102,7 @@ use policy::History;
 use process::Process;
 use report::{Outcome, say};
 use room::{RoomState, ServerSettings};
+use servers::Followed;
 use timers::{Timer, Timers};
 
 /// Limit: from the first process to the last Ready. A loaded machine that emulates processors takes seconds.
@@ -193,6 +194,8 @@ struct Supervisor {
     chronicle: Chronicle,
     /// Crash reports to be stored once nothing is more urgent, with their numbers.
     reports: Vec<(u64, CrashReport)>,
+    /// What is left to do when a moment is over, or something else comes.
+    followed: Vec<Followed>,
     next_report: u64,
     /// The first one of this VM; those before are of earlier ones of its name.
     first_report: u64,
@@ -340,6 +343,7 @@ impl Supervisor {
             timers,
             chronicle: Chronicle::open(folder.path()),
             reports: Vec::new(),
+            followed: Vec::new(),
             next_report: first_report,
             first_report,
             oom: OomWatch::new(),

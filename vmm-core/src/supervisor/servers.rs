@@ -10,7 +10,7 @@ use vmbus::ipc::{ServerToSupervisor, SupervisorToBus};
 use super::chronicle::Event;
 use super::events::show_lines;
 use super::report::say;
-use super::room::Server;
+use super::room::{Death, Server};
 use super::timers::Timer;
 use super::{MESSAGES_PER_TURN, Phase, Reporter, START_DEADLINE, Supervisor, policy, process, report};
 
@@ -19,13 +19,27 @@ use super::{MESSAGES_PER_TURN, Phase, Reporter, START_DEADLINE, Supervisor, poli
 const SHORTEST_FENCE_PAUSE: Duration = Duration::from_micros(50);
 const LONGEST_FENCE_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long this process waits after it has let a successor serve, before it goes on with what nobody waits for. The guest
+/// waits for `bulkhead-bus` and for the successor, and the kernel runs those on the processor of who has woken them.
+const BREATHER: Duration = Duration::from_millis(1);
+
 /// A server that is gone.
 #[derive(Clone, Copy, Debug)]
 struct Gone {
+    /// When `bulkhead-bus` was told.
+    told: Instant,
     started: Instant,
     /// As it was told to.
     planned: bool,
     decision: Option<policy::Decision>,
+}
+
+/// What is left to do about a server that is gone.
+#[derive(Debug)]
+pub(super) struct Followed {
+    index: usize,
+    gone: Gone,
+    death: Option<Death>,
 }
 
 impl Supervisor {
@@ -64,7 +78,7 @@ impl Supervisor {
                     generation,
                 });
                 self.on_ready(report, Reporter::Other);
-                self.on_serving(index);
+                self.on_serving(index, Instant::now());
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
             ServerToSupervisor::Pong { token } => self.on_pong(index, token),
@@ -131,12 +145,12 @@ impl Supervisor {
                     generation,
                     &format!("{} before it was ready", death.sentence),
                 );
-                if fenced.is_none() {
-                    self.start_before_fenced(index);
-                }
-                self.note_death(death);
-                if let Some(gone) = fenced {
-                    self.find_successor(index, gone);
+                match fenced {
+                    Some(gone) => self.follow(index, gone, Some(death)),
+                    None => {
+                        self.start_before_fenced(index);
+                        self.note_death(death);
+                    }
                 }
             }
         }
@@ -145,8 +159,38 @@ impl Supervisor {
     /// Once nothing of the server that is gone is under way, lets the next one follow.
     pub(super) fn try_fence(&mut self, index: usize) {
         if let Some(gone) = self.tell_if_fenced(index) {
-            self.find_successor(index, gone);
+            self.follow(index, gone, None);
         }
+    }
+
+    /// `bulkhead-bus` knows that a server is gone. If a successor waits, it serves now, and the rest can wait a moment.
+    fn follow(&mut self, index: usize, gone: Gone, death: Option<Death>) {
+        let left = Followed { index, gone, death };
+        let is_followed = self.rooms.get(index).is_some_and(|room| room.successor.is_some());
+        if is_followed {
+            self.followed.push(left);
+            self.timers.set(Instant::now() + BREATHER, Timer::Breather);
+        } else {
+            self.finish_following(left);
+        }
+    }
+
+    /// What was left to do when successors began to serve. Before anything else is handled, so that nobody sees it undone.
+    pub(super) fn catch_up(&mut self) {
+        if self.followed.is_empty() {
+            return;
+        }
+        self.timers.clear(Timer::Breather);
+        for left in std::mem::take(&mut self.followed) {
+            self.finish_following(left);
+        }
+    }
+
+    fn finish_following(&mut self, left: Followed) {
+        if let Some(death) = left.death {
+            self.note_death(death);
+        }
+        self.find_successor(left.index, left.gone);
     }
 
     /// Tells the vCPU process that a server is gone, once nothing of it touches guest memory any more; until then,
@@ -175,6 +219,7 @@ impl Supervisor {
         };
         self.send_to_bus(&gone, &[]);
         Some(Gone {
+            told: Instant::now(),
             started,
             planned,
             decision,
@@ -239,7 +284,7 @@ impl Supervisor {
         // A person has chosen the new one of a swap, and perhaps because of the deaths.
         let held = matches!(decision, policy::Decision::Hold { .. }) && room.swap.is_none();
         let name = room.plan.name.clone();
-        if !held && self.promote(index) {
+        if !held && self.promote(index, gone.told) {
             return;
         }
         match decision {

@@ -322,8 +322,8 @@ impl Supervisor {
         }
     }
 
-    /// `bulkhead-bus` has just been told that the old server is gone: the successor serves. False: there is none.
-    pub(super) fn promote(&mut self, index: usize) -> bool {
+    /// `bulkhead-bus` was told then that the old server is gone: the successor serves. False: there is none.
+    pub(super) fn promote(&mut self, index: usize, told: Instant) -> bool {
         let Some(room) = self.rooms.get_mut(index) else {
             return false;
         };
@@ -341,19 +341,20 @@ impl Supervisor {
             self.note(Event::Promoted { device, generation });
         }
         if ready {
-            self.on_serving(index);
+            self.on_serving(index, told);
         }
         true
     }
 
-    /// The present server is ready and has no predecessor: the stall, if there was one, is over.
-    pub(super) fn on_serving(&mut self, index: usize) {
+    /// The present server is ready and has no predecessor since then: the stall, if there was one, is over.
+    pub(super) fn on_serving(&mut self, index: usize, since: Instant) {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
         let generation = room.generation;
         let device = room.plan.name.clone();
-        let stall = room.gone_since.take().map(|since| since.elapsed());
+        let stall = room.gone_since.take();
+        let stall = stall.map(|gone| since.saturating_duration_since(gone));
         let stall_us = stall.map(|stall| u64::try_from(stall.as_micros()).unwrap_or(u64::MAX));
         let Server::Running { process, .. } = &room.server else {
             return;

@@ -19,6 +19,8 @@ pub enum Timer {
     LeaveOverdue { room: usize, generation: u32 },
     /// Look again whether a dead server's I/O is over.
     Fence { room: usize },
+    /// Finish what was left when a successor began to serve.
+    Breather,
     /// Start a successor.
     Restart { room: usize },
     /// Start a standby.

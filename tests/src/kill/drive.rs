@@ -23,6 +23,9 @@ const CHAINED: u64 = 8;
 const LOAD: Duration = Duration::from_millis(6);
 const RECOVERY: Duration = Duration::from_millis(30);
 
+/// Deaths between two looks at how long requests take when nobody dies.
+const LOOK_ON: u64 = 4;
+
 /// Deaths between two moments at which everything is let come to rest.
 const AUDIT: u64 = 25;
 
@@ -120,6 +123,10 @@ impl Killer<'_> {
             }
             progress.tell(killed, self.faults);
             pause(LOAD);
+            if killed.is_multiple_of(LOOK_ON) {
+                self.timeline.look_on(Instant::now() + PATIENCE);
+                pause(LOAD);
+            }
         }
         self.get_over()?;
         Ok(())
@@ -137,6 +144,7 @@ impl Killer<'_> {
             }
             // This is the moment of the swap, not a synchronization.
             thread::sleep(Duration::from_micros(random.below(LOAD.as_micros() as u64)));
+            self.timeline.look_on(Instant::now() + PATIENCE);
             self.timeline.replace();
             gaps.push(vm.swap(self.device)?);
             if swapped.is_multiple_of(AUDIT) && self.get_over()? {

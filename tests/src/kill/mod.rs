@@ -373,6 +373,10 @@ fn print_stalls(stalls: &Stalls) {
             "stall of deaths before the last one was got over, or while the network did not read; not in the figures below",
             &stalls.chained,
         ),
+        (
+            "no stall: the longest request under way at a moment at which nothing happened",
+            &stalls.moments,
+        ),
         ("stall: the longest request under way at a kill", &stalls.stalls),
     ] {
         println!("{title} ({})", times.len());

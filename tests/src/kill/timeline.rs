@@ -11,6 +11,9 @@
 //! is that of two deaths or more. Chained kills are counted, checked and shown, but not part of the percentiles; nor are
 //! kills while the load's network did not read, as it does now and then.
 //!
+//! What is under way at a moment takes its time without any death, too, the longer the deeper the queues are. So the same is
+//! measured of *moments* at which nothing happens: the longest time of all requests that were under way then.
+//!
 //! A planned replacement counts from the moment at which the old server is gone: what is under way then, whenever it was
 //! sent, has waited for the new one.
 
@@ -60,6 +63,8 @@ struct State {
     last_completion: Option<Instant>,
     /// Requests that saw no kill.
     calm: Vec<Duration>,
+    /// When nothing happened, and how long what was under way then took, unless it was for the load's network.
+    moments: Vec<(Instant, Option<Duration>)>,
 }
 
 impl State {
@@ -124,6 +129,8 @@ pub struct Stalls {
     pub under_way: Vec<usize>,
     /// A sample of requests that saw no kill.
     pub calm: Vec<Duration>,
+    /// The longest request under way at each moment at which nothing happened.
+    pub moments: Vec<Duration>,
     /// Requests completed in all.
     pub completed: u64,
 }
@@ -162,6 +169,11 @@ impl Timeline {
         for life in lives {
             let was_deaf = deaf_until.is_some_and(|until| until >= life.sent);
             let took = life.done.saturating_duration_since(life.sent);
+            if let Some((at, longest)) = state.moments.last_mut()
+                && (life.sent..life.done).contains(at)
+            {
+                *longest = longest.filter(|_| !was_deaf).map(|longest| longest.max(took));
+            }
             let mut saw_one = false;
             for kill in state.kills.iter_mut().rev() {
                 if kill.at < life.sent {
@@ -179,6 +191,31 @@ impl Timeline {
         }
         drop(state);
         self.changed.notify_all();
+    }
+
+    /// Looks on at a moment at which nothing happens, until what is under way then is completed. `false`: not before the
+    /// deadline.
+    pub fn look_on(&self, deadline: Instant) -> bool {
+        let now = Instant::now();
+        let mut state = self.lock();
+        state.moments.push((now, Some(Duration::ZERO)));
+        loop {
+            let is_over = state
+                .oldest
+                .iter()
+                .all(|(oldest, _)| oldest.is_none_or(|sent| sent > now));
+            if is_over {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
     }
 
     /// The server of that generation is killed now.
@@ -287,6 +324,7 @@ impl Timeline {
         let state = self.lock();
         let mut stalls = Stalls {
             calm: state.calm.clone(),
+            moments: state.moments.iter().filter_map(|(_, longest)| *longest).collect(),
             completed: state.completed,
             ..Stalls::default()
         };
@@ -303,6 +341,7 @@ impl Timeline {
             }
         }
         stalls.calm.sort();
+        stalls.moments.sort();
         stalls.stalls.sort();
         stalls.silences.sort();
         stalls.phases.iter_mut().for_each(|times| times.sort());
@@ -354,6 +393,29 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_moment_at_which_nothing_happens_lasts_as_long_as_the_longest_request_under_way() {
+        let timeline = Timeline::new(1);
+        let start = Instant::now();
+        timeline.report(0, &[], Some(start), 2);
+        std::thread::scope(|scope| {
+            let looking = scope.spawn(|| timeline.look_on(start + Duration::from_secs(60)));
+            while timeline.lock().moments.is_empty() {
+                std::thread::yield_now();
+            }
+            let done = timeline.lock().moments[0].0 + 5 * MS;
+            let lives = [start, start + MS / 1000].map(|sent| Life { sent, done });
+            timeline.report(0, &lives, None, 0);
+            assert!(looking.join().expect("it looks on"));
+            let later = Life {
+                sent: done,
+                done: done + 50 * MS,
+            };
+            timeline.report(0, &[later], None, 0);
+            assert_eq!(timeline.stalls().moments, [done - start]);
+        });
+    }
 
     #[test]
     fn a_stall_is_the_longest_request_under_way_at_the_kill() {

@@ -70,9 +70,9 @@ mod tests {
     #[test]
     fn a_descriptor_with_anything_else_in_it_is_no_jail() {
         for text in ["", "{}", "{\"filters\":[[[6,0,0"] {
-            let mut file = tempfile::tempfile().unwrap();
-            file.write_all(text.as_bytes()).unwrap();
-            file.rewind().unwrap();
+            let mut file = tempfile::tempfile().expect("a file");
+            file.write_all(text.as_bytes()).expect("written");
+            file.rewind().expect("rewound");
             assert!(
                 matches!(Jail::read(file.into()), Err(SandboxError::Jail(_))),
                 "{text}"

@@ -139,72 +139,77 @@ mod tests {
     }
 
     fn fence(journal: &OwnedFd, disk: &OwnedFd) -> Fence {
-        let mut fence = Fence::new(journal.as_fd()).unwrap();
-        fence.add(disk.as_fd(), Holder::Description).unwrap();
+        let mut fence = Fence::new(journal.as_fd()).expect("the journal opens anew");
+        fence
+            .add(disk.as_fd(), Holder::Description)
+            .expect("the disk can be asked");
         fence
     }
 
     #[test]
     fn one_server_at_a_time_has_the_right_whatever_descriptor_of_the_journal_it_was_given() {
-        let journal = sealed_memfd("journal", 4096).unwrap();
-        let first = Fence::new(journal.as_fd()).unwrap();
-        let second = Fence::new(journal.as_fd()).unwrap();
-        assert!(first.try_take().unwrap());
-        assert!(!second.try_take().unwrap());
+        let journal = sealed_memfd("journal", 4096).expect("a memfd");
+        let first = Fence::new(journal.as_fd()).expect("the journal opens anew");
+        let second = Fence::new(journal.as_fd()).expect("the journal opens anew");
+        assert!(first.try_take().expect("the kernel answers"));
+        assert!(!second.try_take().expect("the kernel answers"));
         drop(first);
-        assert!(second.try_take().unwrap());
+        assert!(second.try_take().expect("the kernel answers"));
     }
 
     #[test]
     fn a_disk_that_is_still_held_keeps_the_successor_waiting_though_the_journal_is_free() {
-        let journal = sealed_memfd("journal", 4096).unwrap();
-        let file = tempfile::NamedTempFile::new().unwrap();
+        let journal = sealed_memfd("journal", 4096).expect("a memfd");
+        let file = tempfile::NamedTempFile::new().expect("a file");
         let (old, new) = (reopened(&file), reopened(&file));
         let dying = fence(&journal, &old);
-        assert!(dying.try_take().unwrap());
+        assert!(dying.try_take().expect("the kernel answers"));
         let successor = fence(&journal, &new);
         drop(dying);
         // `old` stands for a request in flight: it refers to the description.
-        assert!(!successor.try_take().unwrap());
+        assert!(!successor.try_take().expect("the kernel answers"));
         drop(old);
-        assert!(successor.try_take().unwrap());
+        assert!(successor.try_take().expect("the kernel answers"));
     }
 
     #[test]
     fn a_server_that_stops_gives_everything_up() {
         for holder in [Holder::Description, Holder::Process] {
-            let journal = sealed_memfd("journal", 4096).unwrap();
-            let file = tempfile::NamedTempFile::new().unwrap();
+            let journal = sealed_memfd("journal", 4096).expect("a memfd");
+            let file = tempfile::NamedTempFile::new().expect("a file");
             let (old, new) = (reopened(&file), reopened(&file));
-            let mut stopping = Fence::new(journal.as_fd()).unwrap();
-            stopping.add(old.as_fd(), holder).unwrap();
+            let mut stopping = Fence::new(journal.as_fd()).expect("the journal opens anew");
+            stopping.add(old.as_fd(), holder).expect("the disk can be asked");
             let successor = fence(&journal, &new);
-            assert!(stopping.try_take().unwrap());
-            assert!(!successor.try_take().unwrap());
-            stopping.release().unwrap();
-            assert!(successor.try_take().unwrap());
+            assert!(stopping.try_take().expect("the kernel answers"));
+            assert!(!successor.try_take().expect("the kernel answers"));
+            stopping.release().expect("given up");
+            assert!(successor.try_take().expect("the kernel answers"));
         }
     }
 
     #[test]
     fn the_journals_lock_outlives_its_descriptor_while_an_io_uring_has_it() {
-        let journal = sealed_memfd("journal", 4096).unwrap();
-        let dying = Fence::new(journal.as_fd()).unwrap();
-        assert!(dying.try_take().unwrap());
-        let mut io = Uring::new(4).unwrap();
-        io.register_files(&[dying.journal()]).unwrap();
+        let journal = sealed_memfd("journal", 4096).expect("a memfd");
+        let dying = Fence::new(journal.as_fd()).expect("the journal opens anew");
+        assert!(dying.try_take().expect("the kernel answers"));
+        let mut io = Uring::new(4).expect("a ring");
+        io.register_files(&[dying.journal()]).expect("registered");
         // Something that is in flight for ever: a poll of a pipe that nobody writes to.
-        let (reader, _writer) = nix::unistd::pipe().unwrap();
+        let (reader, _writer) = nix::unistd::pipe().expect("a pipe");
         io.poll_add(File::Fd(reader.as_fd()), libc::POLLIN, false, 1)
-            .unwrap();
-        io.submit().unwrap();
+            .expect("there is room");
+        io.submit().expect("submitted");
         drop(dying);
-        let successor = Fence::new(journal.as_fd()).unwrap();
-        assert!(!successor.try_take().unwrap(), "the ring still holds the lease");
+        let successor = Fence::new(journal.as_fd()).expect("the journal opens anew");
+        assert!(
+            !successor.try_take().expect("the kernel answers"),
+            "the ring still holds the lease"
+        );
         drop(io);
         // The kernel frees the ring in the background, and there is no event for it.
         let deadline = Instant::now() + Duration::from_secs(30);
-        while !successor.try_take().unwrap() {
+        while !successor.try_take().expect("the kernel answers") {
             assert!(
                 Instant::now() < deadline,
                 "the ring is gone, and the lease is held"

@@ -31,8 +31,11 @@ fn waits(kind: Kind, direct: bool) {
         ..disk_config()
     };
     let mut room = room_with(disk, slow.open());
-    let mut primary = room.open_all(0).unwrap().remove(0);
-    let (written, read) = (room.guest.allocate(2).unwrap(), room.guest.allocate(1).unwrap());
+    let mut primary = room.open_all(0).expect("the channel opens").remove(0);
+    let (written, read) = (
+        room.guest.allocate(2).expect("there is memory"),
+        room.guest.allocate(1).expect("there is memory"),
+    );
     let stored = pattern(1 << 20, 9, BYTES as usize);
     slow.put(1 << 20, &stored);
     put(&room, written, &pattern(0, 1, 2 * BYTES as usize));
@@ -51,32 +54,34 @@ fn waits(kind: Kind, direct: bool) {
         commands.push(write(0, 2 << 20, second, BYTES));
     }
     for (id, command) in (1..).zip(&commands) {
-        primary.queue_as(command, id).unwrap();
+        primary.queue_as(command, id).expect("there is room");
     }
-    primary.channel.flush().unwrap();
+    primary.channel.flush().expect("kicked");
     slow.wait_held(commands.len());
 
-    let dying = room.child.pidfd.try_clone().unwrap();
+    let dying = room.child.pidfd.try_clone().expect("a duplicate");
     match direct {
-        true => room.kill().unwrap(),
+        true => room.kill().expect("killed"),
         false => {
-            room.child.kill().unwrap();
+            room.child.kill().expect("killed");
             room.guest.server_gone();
         }
     }
     slow.expect_silence();
-    room.start_successor().unwrap();
+    room.start_successor().expect("the successor attaches");
     let until = Instant::now() + SILENCE;
     while Instant::now() < until {
         // It waits, and answers its supervisor nevertheless.
         let deadline = room.deadline();
-        let entries = room.supervisor.inspect(deadline).unwrap();
+        let entries = room.supervisor.inspect(deadline).expect("it answers");
         assert!(
             entries.contains(&("active".to_owned(), "0".to_owned())),
             "{entries:?}"
         );
         let mut answers = 0;
-        primary.collect_ready(10, |_, _| answers += 1).unwrap();
+        primary
+            .collect_ready(10, |_, _| answers += 1)
+            .expect("the ring is sound");
         assert_eq!(answers, 0, "answered while the host works on it");
         assert_eq!(
             slow.early(),
@@ -101,7 +106,7 @@ fn waits(kind: Kind, direct: bool) {
             assert!(reply.is_good(BYTES), "{reply:?}");
             ids.push(id);
         })
-        .unwrap();
+        .expect("all are answered in time");
     ids.sort_unstable();
     assert!(ids.iter().copied().eq(1..=commands.len() as u64), "{ids:?}");
     assert_eq!(slow.early(), Vec::<String>::new());
@@ -133,8 +138,8 @@ fn a_successor_waits_for_requests_that_a_file_system_in_user_space_still_has() {
 
 /// The lease of a room's disk is looked at through a description of the test's own, as a supervisor does.
 fn is_free(room: &Room, disk: &OwnedFd) -> bool {
-    let place = Place::lease(room.journal()).unwrap();
-    lease::is_free(disk.as_fd(), place).unwrap()
+    let place = Place::lease(room.journal()).expect("the journal has a number");
+    lease::is_free(disk.as_fd(), place).expect("the kernel answers")
 }
 
 /// Told to stop while a write and a read are in flight.
@@ -147,29 +152,29 @@ fn lets_go_late(direct: bool) {
         ..disk_config()
     };
     let mut room = room_with(disk, slow.open());
-    let mut primary = room.open_all(0).unwrap().remove(0);
-    let page = room.guest.allocate(2).unwrap();
+    let mut primary = room.open_all(0).expect("the channel opens").remove(0);
+    let page = room.guest.allocate(2).expect("there is memory");
     slow.hold();
     let commands = [
         Command::write_durable(0, 0, page, BYTES),
         Command::read(0, 1 << 20, page, BYTES),
     ];
     for (id, command) in (1..).zip(&commands) {
-        primary.queue_as(command, id).unwrap();
+        primary.queue_as(command, id).expect("there is room");
     }
-    primary.channel.flush().unwrap();
+    primary.channel.flush().expect("kicked");
     slow.wait_held(2);
     let look = slow.open();
-    room.supervisor.stop().unwrap();
+    room.supervisor.stop().expect("told");
     for _ in 0..100 {
         // One that has let go ends, and does not answer any more.
         let deadline = room.deadline();
-        room.supervisor.inspect(deadline).unwrap();
+        room.supervisor.inspect(deadline).expect("it answers");
         assert!(!is_free(&room, &look), "let go while the host works on it");
     }
     slow.release();
     let deadline = room.deadline();
-    let said = room.supervisor.next(deadline, "Released").unwrap();
+    let said = room.supervisor.next(deadline, "Released").expect("it speaks");
     assert!(matches!(said, ServerToSupervisor::Released), "{said:?}");
     assert!(is_free(&room, &look));
     // What was in flight is answered, by the old one.
@@ -179,9 +184,9 @@ fn lets_go_late(direct: bool) {
             assert!(reply.is_good(BYTES), "{reply:?}");
             answers += 1;
         })
-        .unwrap();
+        .expect("all are answered in time");
     assert_eq!(answers, 2);
-    assert!(room.wait_end().unwrap().is_success());
+    assert!(room.wait_end().expect("it ends").is_success());
 }
 
 #[test]
@@ -221,10 +226,10 @@ fn lease_ends(direct: bool, open: impl Fn() -> OwnedFd) {
     let Some(in_flight) = description(&room, &look) else {
         return skip("this user may not have a server's descriptors");
     };
-    let mut primary = room.open_all(0).unwrap().remove(0);
+    let mut primary = room.open_all(0).expect("the channel opens").remove(0);
     assert!(run(&room, &mut primary, &Command::flush(0)).is_good(0));
     assert!(!is_free(&room, &look), "it serves without a lease");
-    room.kill().unwrap();
+    room.kill().expect("killed");
     assert_eq!(is_free(&room, &look), !direct);
     drop(in_flight);
     // The kernel closes the dead process's descriptors in the background, and there is no event for it.

@@ -34,9 +34,11 @@
 //! queueing it for the socket and the next arrival of its flow.
 
 mod network;
+mod watch;
 mod way;
 
 pub use network::FRAME_BYTES_MIN;
+pub use watch::{Tally, Watch};
 
 use super::driver::oid_body;
 use super::traffic::UNASKED;
@@ -51,11 +53,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vmbus::mem::HostError;
 use vmbus::vsc::VscError;
-use way::{Arrival, Deaths, Way};
+use way::{Arrival, Way};
 
 /// Directed, multicast, broadcast: what Linux sets at ifup.
 pub const FILTER: u32 = 0x0B;
@@ -90,74 +92,6 @@ pub enum LoadError {
     /// The credits could not be asked for.
     #[error("free credits: {0}")]
     Credits(String),
-}
-
-/// What became of everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// Packets of frames given to the server, and those completed.
-    pub packets: u64,
-    pub completed: u64,
-    /// Control messages, and their answers.
-    pub requests: u64,
-    pub answers: u64,
-    /// Frames in those packets, and those that reached the network.
-    pub sent: u64,
-    pub arrived: u64,
-    /// Frames given to the network, and those that reached the guest.
-    pub put: u64,
-    pub received: u64,
-    /// Frames that went missing, as networks may lose them.
-    pub dropped_out: u64,
-    pub dropped_in: u64,
-    /// Packets, requests and credits that never came back.
-    pub lost: u64,
-    pub double: u64,
-    pub wrong: u64,
-}
-
-impl Tally {
-    /// No fault was found.
-    pub fn is_clean(&self) -> bool {
-        (self.lost, self.double, self.wrong) == (0, 0, 0)
-    }
-}
-
-/// What a running load tells other threads, and what they tell it.
-#[derive(Debug, Default)]
-pub struct Watch {
-    stop: AtomicBool,
-    progress: AtomicU64,
-    slowest_us: AtomicU64,
-    deaths: Deaths,
-}
-
-// Ordering: all relaxed. The words are counters and a request; nothing else is read because of them.
-impl Watch {
-    /// Packets completed and frames received so far.
-    pub fn progress(&self) -> u64 {
-        self.progress.load(Ordering::Relaxed)
-    }
-
-    /// The server is about to be killed or told to stop: frames that it has in hand may be lost.
-    pub fn dying(&self) {
-        self.deaths.begin();
-    }
-
-    /// Nothing of the server is left for which [`Watch::dying`] was called first.
-    pub fn dead(&self) {
-        self.deaths.end();
-    }
-
-    /// Ends [`Load::run`].
-    pub fn stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-
-    /// The longest time, in microseconds, between sending and completion of any packet completed since the last call.
-    pub fn take_slowest(&self) -> u64 {
-        self.slowest_us.swap(0, Ordering::Relaxed)
-    }
 }
 
 /// A packet on its way out.

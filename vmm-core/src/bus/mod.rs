@@ -33,6 +33,7 @@
 pub mod action;
 pub mod channels;
 pub mod connection;
+mod debts;
 pub mod gpadls;
 mod guest;
 pub mod offers;
@@ -50,9 +51,10 @@ use vmbus::mem::RamLayout;
 
 use channels::ChannelState;
 use connection::{AfterUnload, Connection, OffersAsked};
+use debts::Wait;
 use gpadls::Gpadls;
 use offers::{Channels, Device, MAX_DEVICES, MAX_SUB_CHANNELS};
-use servers::{Server, Wait};
+use servers::Server;
 use tally::Tally;
 
 /// Limit: what the SynIC's queue must be able to take beyond the mark at which it refuses messages of the guest:

@@ -10,8 +10,9 @@ use nix::unistd::{Pid, geteuid};
 use vmm_core::supervisor::chronicle::{self, Event};
 use vmm_core::supervisor::control::{DeviceLine, Reply, Request};
 
-use super::cases::{PATIENCE, Place, Running, is_gone, replies};
-use super::swaps::{process, program, runs, standby, until};
+use super::place::{PATIENCE, Place, Running, is_gone, replies};
+use super::standbys::standby;
+use super::swaps::{process, program, runs, until};
 
 pub const ALL: &[(&str, fn())] = &[
     (

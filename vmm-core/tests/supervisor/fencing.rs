@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use vmbus::lease::{self, Place as Lock};
 use vmm_core::supervisor::control::{Reply, Request};
 
-use super::cases::Place;
+use super::place::Place;
 use super::swaps::{process, stop, until};
 
 pub const ALL: &[(&str, fn())] = &[(

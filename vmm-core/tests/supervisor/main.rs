@@ -7,7 +7,9 @@ mod cases;
 mod fencing;
 mod operator;
 mod orphans;
+mod place;
 mod played;
+mod standbys;
 mod swaps;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         fencing::ALL,
         operator::ALL,
         swaps::ALL,
+        standbys::ALL,
         orphans::ALL,
         adoption::ALL,
     ]

@@ -11,7 +11,7 @@ use vmm_core::supervisor::chronicle::{Entry, Event, read_after};
 use vmm_core::supervisor::control::{Reply, Request};
 use vmm_core::supervisor::{crash_report, oom};
 
-use super::cases::{PATIENCE, Place, Running};
+use super::place::{PATIENCE, Place, Running};
 use super::swaps::{process, program, stop, until, with_disk};
 
 pub const ALL: &[(&str, fn())] = &[

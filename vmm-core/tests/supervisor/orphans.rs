@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use vmm_core::supervisor::control::{Reply, Request};
 use vmm_core::supervisor::keeper::is_orphaned;
 
-use super::cases::{PATIENCE, Place, Running};
+use super::place::{PATIENCE, Place, Running};
 use super::swaps::until;
 
 pub const ALL: &[(&str, fn())] = &[

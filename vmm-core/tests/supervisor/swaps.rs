@@ -10,8 +10,8 @@ use nix::unistd::Pid;
 use vmm_core::supervisor::chronicle::{Entry, Event};
 use vmm_core::supervisor::control::{Reply, Request};
 
-use super::cases::{Ended, PATIENCE, Place, Running, is_gone, replies};
 use super::operator::{event, events};
+use super::place::{Ended, PATIENCE, Place, Running, is_gone, replies};
 use super::played::SWAPPED;
 
 pub const ALL: &[(&str, fn())] = &[
@@ -56,22 +56,6 @@ pub const ALL: &[(&str, fn())] = &[
         an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program,
     ),
     (
-        "a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another",
-        a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another,
-    ),
-    (
-        "a_standby_that_dies_is_started_again_and_harms_nobody",
-        a_standby_that_dies_is_started_again_and_harms_nobody,
-    ),
-    (
-        "a_standby_that_hangs_is_replaced_before_it_is_needed",
-        a_standby_that_hangs_is_replaced_before_it_is_needed,
-    ),
-    (
-        "a_standby_makes_way_for_a_swap_and_comes_back",
-        a_standby_makes_way_for_a_swap_and_comes_back,
-    ),
-    (
         "the_end_of_the_vm_ends_a_server_that_waits",
         the_end_of_the_vm_ends_a_server_that_waits,
     ),
@@ -86,28 +70,6 @@ pub fn with_disk(place: &Place, play: &str) -> Running {
     let running = place.start(&["--cmdline", "watch", "--disk", &disk]);
     place.wait_until_it_runs();
     running
-}
-
-/// The same, with a standby.
-fn with_standby(place: &Place, play: &str) -> Running {
-    let disk = format!("memory=1M,serial={play},standby=true");
-    let running = place.start(&["--cmdline", "watch", "--disk", &disk]);
-    place.wait_until_it_runs();
-    running
-}
-
-/// The standby's process, once it waits.
-pub fn standby(place: &Place) -> i32 {
-    until(|| match &place.ask(&Request::Devices)[..] {
-        [Reply::Devices(lines)] => match &lines[..] {
-            [line] => line
-                .successor
-                .as_ref()
-                .and_then(|(state, _, process)| (state == "waits").then_some(*process)),
-            _ => panic!("{lines:?}"),
-        },
-        other => panic!("{other:?}"),
-    })
 }
 
 pub fn stop(place: &Place, running: Running) -> Ended {
@@ -126,7 +88,7 @@ pub fn program(place: &Place, play: &str) -> PathBuf {
     path
 }
 
-fn request(program: Option<PathBuf>) -> Request {
+pub fn request(program: Option<PathBuf>) -> Request {
     Request::Swap {
         device: "disk0".to_owned(),
         program,
@@ -135,7 +97,7 @@ fn request(program: Option<PathBuf>) -> Request {
 }
 
 /// The answer to a swap.
-fn swap(place: &Place, request: &Request) -> Reply {
+pub fn swap(place: &Place, request: &Request) -> Reply {
     let replies = place.ask(request);
     let [reply] = &replies[..] else {
         panic!("{replies:?}");
@@ -173,7 +135,7 @@ pub fn until<T>(look: impl Fn() -> Option<T>) -> T {
     }
 }
 
-fn kill_hard(process: i32) {
+pub fn kill_hard(process: i32) {
     kill(Pid::from_raw(process), Signal::SIGKILL).expect("killed");
 }
 
@@ -523,93 +485,5 @@ fn the_end_of_the_vm_ends_a_server_that_waits() {
     let old = process(&place, "disk0");
     let ended = stop(&place, running);
     assert!(is_gone(waiting) && is_gone(old));
-    assert_eq!(ended.stderr, "");
-}
-
-fn a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another() {
-    let place = Place::new();
-    let running = with_standby(&place, "any");
-    let waiting = standby(&place);
-    let old = process(&place, "disk0");
-    kill_hard(old);
-    until(|| (process(&place, "disk0") == waiting).then_some(()));
-    let next = standby(&place);
-    assert!(next != waiting && next != old);
-    let ended = stop(&place, running);
-    assert_eq!(
-        ended.stdout,
-        "the guest runs\nServerAttached 2\nServerGone 1\nServerAttached 3\n"
-    );
-    assert!(is_gone(next) && is_gone(waiting));
-}
-
-fn a_standby_that_dies_is_started_again_and_harms_nobody() {
-    let place = Place::new();
-    let running = with_standby(&place, "any");
-    let serving = process(&place, "disk0");
-    let first = standby(&place);
-    kill_hard(first);
-    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
-    assert_eq!(process(&place, "disk0"), serving);
-    // A death after it is the device's first, and answered at once by the one that waits.
-    kill_hard(serving);
-    until(|| (process(&place, "disk0") == second).then_some(()));
-    let ended = stop(&place, running);
-    assert!(
-        ended.stderr.starts_with(
-            "bulkhead: the standby of disk0 is lost (disk0 (server 2) killed by SIGKILL); the next one is started in 1 seconds\n"
-        ),
-        "{:?}",
-        ended.stderr
-    );
-}
-
-fn a_standby_that_hangs_is_replaced_before_it_is_needed() {
-    let place = Place::new();
-    let disk = "memory=1M,standby=true";
-    let running = place.start(&["--cmdline", "watch", "--patience", "1", "--disk", disk]);
-    place.wait_until_it_runs();
-    let serving = process(&place, "disk0");
-    let first = standby(&place);
-    kill(Pid::from_raw(first), Signal::SIGSTOP).expect("stopped");
-    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
-    assert_eq!(process(&place, "disk0"), serving);
-    kill_hard(serving);
-    until(|| (process(&place, "disk0") == second).then_some(()));
-    let ended = stop(&place, running);
-    assert!(
-        ended.stderr.contains(
-            "the standby of disk0 is lost (disk0 (server 2) killed by SIGKILL (hangs: no answer for 1 seconds))"
-        ),
-        "{:?}",
-        ended.stderr
-    );
-}
-
-fn a_standby_makes_way_for_a_swap_and_comes_back() {
-    let place = Place::new();
-    let running = with_standby(&place, "any");
-    let first = standby(&place);
-    let swapped = swap(&place, &request(Some(program(&place, "good"))));
-    assert!(
-        matches!(
-            swapped,
-            Reply::Swapped {
-                from: 1,
-                to: 3,
-                mishap: None,
-                ..
-            }
-        ),
-        "{swapped:?}"
-    );
-    let second = standby(&place);
-    assert!(runs(second, "swapped-good"));
-    until(|| is_gone(first).then_some(()));
-    let ended = stop(&place, running);
-    assert_eq!(
-        ended.stdout,
-        "the guest runs\nServerAttached 2\nServerGone 2\nServerAttached 3\nServerGone 1\nServerAttached 4\n"
-    );
     assert_eq!(ended.stderr, "");
 }

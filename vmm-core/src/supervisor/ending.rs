@@ -29,6 +29,13 @@ impl Supervisor {
         }
     }
 
+    /// Whether the VM is over, as far as can be seen: its servers end with it, and we may hear of their end before that of
+    /// the process that they ended with. But a process's descriptors are closed in order, its socket to us before those to
+    /// servers, and the end of that socket has been handled by then.
+    pub(super) fn has_ended(&self) -> bool {
+        self.vcpu_said.is_some() || self.vcpu.control.is_none() || self.bus.control.is_none()
+    }
+
     pub(super) fn end_servers(&mut self, outcome: Outcome) {
         self.phase = Phase::EndingServers(outcome);
         self.timers.clear(Timer::EndOverdue);

@@ -116,6 +116,7 @@ impl Supervisor {
     pub(super) fn on_server_end(&mut self, index: usize) {
         // A last message (why it failed) may still be there.
         self.on_server_control(index);
+        let vm_has_ended = self.has_ended();
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
@@ -126,11 +127,7 @@ impl Supervisor {
             Phase::Starting { .. } => self.fail_start(death.sentence),
             Phase::EndingServers(_) => self.finish_if_all_ended(),
             Phase::EndingVcpu(_) | Phase::Over(_) => {}
-            // The VM is over, and this server has noticed before us. Its socket to `bulkhead-bus` is closed after the
-            // one between that and us (a process's descriptors are closed in order), whose end was handled before this.
-            Phase::Running if self.vcpu_said.is_some() || self.vcpu.control.is_none() => {
-                room.server = Server::Held
-            }
+            Phase::Running if vm_has_ended => room.server = Server::Held,
             Phase::Running => {
                 let generation = room.generation;
                 if let Some(swap) = &mut room.swap

@@ -205,6 +205,7 @@ impl Supervisor {
     pub(super) fn on_successor_end(&mut self, index: usize) {
         // A last message (why it failed) may still be there.
         self.on_successor_control(index);
+        let vm_has_ended = self.has_ended();
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
@@ -219,7 +220,7 @@ impl Supervisor {
             room: index,
             generation,
         });
-        if !matches!(self.phase, Phase::Running) || self.vcpu_said.is_some() || self.vcpu.control.is_none() {
+        if !matches!(self.phase, Phase::Running) || vm_has_ended {
             return;
         }
         let gone = SupervisorToBus::ServerGone {

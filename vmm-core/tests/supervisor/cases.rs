@@ -57,6 +57,10 @@ pub const ALL: &[(&str, fn())] = &[
         the_death_of_the_control_plane_ends_the_vm_with_status_4,
     ),
     (
+        "servers_that_end_with_the_control_plane_are_not_replaced_nor_told_of",
+        servers_that_end_with_the_control_plane_are_not_replaced_nor_told_of,
+    ),
+    (
         "a_control_plane_that_hangs_ends_the_vm_with_status_4",
         a_control_plane_that_hangs_ends_the_vm_with_status_4,
     ),
@@ -218,6 +222,16 @@ fn the_death_of_the_control_plane_ends_the_vm_with_status_4() {
             .any(|(_, line)| line.ends_with(" bus killed by SIGABRT"));
         assert_eq!(is_told, play == "die-bus", "{lines:?}");
     }
+}
+
+fn servers_that_end_with_the_control_plane_are_not_replaced_nor_told_of() {
+    let place = Place::new();
+    let disk = "memory=1M,serial=quick";
+    let ended = place.run(&["--cmdline", "end-bus", "--disk", disk]);
+    assert!(!ended.stderr.contains("disk0"), "{}", ended.stderr);
+    ended.expect(4, "bulkhead-bus killed by SIGABRT");
+    let reports = crash_report::list(&place.path("run/vm"));
+    assert_eq!(reports.len(), 1, "{reports:?}");
 }
 
 fn a_control_plane_that_hangs_ends_the_vm_with_status_4() {

@@ -4,11 +4,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use vmbus::ipc::server_start::NamedFds;
 use vmbus::ipc::{
@@ -268,6 +269,19 @@ pub fn vcpu() -> ExitCode {
                             why: "lied".to_owned(),
                         };
                         bus.send(&accusation, &[]).expect("sent");
+                    }
+                    // Its sockets are closed as those of one that dies: that to the supervisor first, then those to
+                    // servers. It ends when they have.
+                    "end-bus" => {
+                        let (ours, theirs) = vmbus::ipc::pair().expect("a pair");
+                        bus = Socket::new(ours);
+                        for server in links.drain(..) {
+                            shutdown(server.as_fd().as_raw_fd(), Shutdown::Write).expect("told");
+                            let mut end = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
+                            poll(&mut end, PollTimeout::NONE).expect("polled");
+                        }
+                        links.push(Socket::new(theirs));
+                        link.send(&Handover { mark: 1 }, &[socket.as_fd()]).expect("sent");
                     }
                     // The sign for the played bulkhead-bus to die.
                     "die-bus" => link.send(&Handover { mark: 1 }, &[socket.as_fd()]).expect("sent"),

@@ -164,7 +164,7 @@ impl Place {
 
 impl Running {
     /// Waits for its end for as long as it may take.
-    fn ends(&mut self) {
+    pub fn ends(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(15);
         while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
             std::thread::yield_now();

@@ -417,7 +417,10 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
     if play == "dies-at-work" && generation > 1 {
         std::process::abort();
     }
-    let link = Socket::new(fds.into_iter().next().expect("the link"));
+    let mut fds = fds.into_iter();
+    let link = Socket::new(fds.next().expect("the link"));
+    // Journal and disk: open to its end, as in a real one.
+    let _others: Vec<OwnedFd> = fds.collect();
     loop {
         let ready = {
             let mut list = [

@@ -43,8 +43,12 @@ A service manager does the same by itself, for example with a unit for systemd:
   [Service]
   ExecStart=/usr/bin/bulkhead run --config /etc/bulkhead/web.toml --name web --console none --adopt
   KillMode=process
+  OOMPolicy=continue
   Restart=on-failure
   RestartPreventExitStatus=2
+  SuccessExitStatus=143
+KillMode and OOMPolicy leave the VM's other processes alone when the supervisor, or one of them, is
+killed. 2: a mistake in the description, which a restart does not mend. 143: systemctl stop.
 ";
 
 #[derive(Parser)]

@@ -1,8 +1,10 @@
 #![forbid(unsafe_code)]
 //! Adoptions at the worst moments: several at once, in the middle of a swap, beside a standby.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::chown;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
@@ -34,6 +36,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "the_vm_of_another_user_is_not_adopted",
         the_vm_of_another_user_is_not_adopted,
+    ),
+    (
+        "the_unit_that_the_help_shows_is_right_about_what_bulkhead_does",
+        the_unit_that_the_help_shows_is_right_about_what_bulkhead_does,
     ),
 ];
 
@@ -252,4 +258,72 @@ fn the_vm_of_another_user_is_not_adopted() {
     let adopter = place.adopt("vm");
     place.wait_until_it_runs();
     ends_with(&place, adopter, &[server]);
+}
+
+/// What systemd would do with it is not tried, only what the program does under it.
+fn the_unit_that_the_help_shows_is_right_about_what_bulkhead_does() {
+    let help = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+        .args(["adopt", "--help"])
+        .output()
+        .expect("started");
+    let help = String::from_utf8(help.stdout).expect("text");
+    let unit: BTreeMap<&str, &str> = help
+        .lines()
+        .filter_map(|line| line.trim().split_once('='))
+        .collect();
+    for (key, value) in [
+        ("KillMode", "process"),
+        ("OOMPolicy", "continue"),
+        ("Restart", "on-failure"),
+    ] {
+        assert_eq!(unit.get(key), Some(&value), "{help}");
+    }
+    let place = Place::new();
+    let description = place.path("web.toml");
+    let write = |text: &str| std::fs::write(&description, text).expect("written");
+    write("kernel = \"kernel\"\nmemory = \"64M\"\ncmdline = \"watch\"\n[[disk]]\nmemory = \"1M\"\n");
+    let start = || {
+        let words = unit["ExecStart"].split(' ').skip(1);
+        let words = words.map(|word| match word {
+            "/etc/bulkhead/web.toml" => description.display().to_string(),
+            // The name of all VMs of these tests.
+            "web" => "vm".to_owned(),
+            word => word.to_owned(),
+        });
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        command
+            .args(words)
+            .arg("--programs")
+            .arg(place.folder.path())
+            .arg("--run-folder")
+            .arg(place.path("run"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Running {
+            child: command.spawn().expect("started"),
+        }
+    };
+    // The supervisor is killed, and its command is run again.
+    let supervisor = start();
+    let processes = place.wait_until_it_runs();
+    supervisor.kill();
+    let supervisor = start();
+    assert_eq!(place.wait_until_it_runs(), processes);
+    // What systemctl stop does.
+    supervisor.signal(Signal::SIGTERM);
+    let stopped = supervisor.wait().status.code();
+    assert_eq!(
+        stopped.map(|code| code.to_string()).as_deref(),
+        unit.get("SuccessExitStatus").copied()
+    );
+    for (_, process) in processes {
+        until(|| is_gone(process).then_some(()));
+    }
+    write("kernel = \"kernel\"\nmemroy = \"64M\"\n");
+    let wrong = start().wait().status.code();
+    assert_eq!(
+        wrong.map(|code| code.to_string()).as_deref(),
+        unit.get("RestartPreventExitStatus").copied()
+    );
 }

@@ -56,7 +56,7 @@ pub struct Options {
 /// Why a process could not lock itself in. It must not serve a guest then, but exit.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    #[error("the host lacks what a full sandbox needs: {}", .0.join("; "))]
+    #[error("a full sandbox was asked for, and this host lacks: {}", .0.join("; "))]
     HostLacks(Vec<String>),
     #[error("the process has {0} threads; it must lock itself in while it has one")]
     MoreThanOneThread(usize),

@@ -57,8 +57,7 @@ pub fn main(control: OwnedFd, jail: Jail) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let message = format!("{error:#}");
-            tracing::error!("{message}");
-            // If the supervisor is gone, too, the exit status says it.
+            // The supervisor says it to the person; if that is gone, too, the exit status does.
             supervisor.send(&BusToSupervisor::Failed { message }, &[]).ok();
             ExitCode::FAILURE
         }

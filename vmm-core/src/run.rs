@@ -61,8 +61,7 @@ pub fn main(control: OwnedFd, jail: Jail) -> ExitCode {
         Ok(control) => control,
         Err(error) => {
             let message = format!("{error:#}");
-            tracing::error!("{message}");
-            // If the supervisor is gone, too, the exit status says it.
+            // The supervisor says it to the person; if that is gone, too, the exit status does.
             socket.send(&VcpuToSupervisor::Failed { message }, &[]).ok();
             return ExitCode::FAILURE;
         }

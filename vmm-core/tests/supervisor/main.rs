@@ -5,6 +5,7 @@
 mod adoption;
 mod cases;
 mod fencing;
+mod lacking;
 mod operator;
 mod orphans;
 mod place;
@@ -23,6 +24,9 @@ fn main() -> ExitCode {
         Some("bulkhead-bus") => return played::bus(),
         Some("bulkhead-block") => return played::server(None),
         Some(name) => {
+            if let Some(feature) = name.strip_prefix(lacking::WITHOUT) {
+                return lacking::become_program(feature);
+            }
             if let Some(play) = name.strip_prefix(played::SWAPPED) {
                 return played::server(Some(play));
             }
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
         standbys::ALL,
         orphans::ALL,
         adoption::ALL,
+        lacking::ALL,
     ]
     .concat()
     .into_iter()

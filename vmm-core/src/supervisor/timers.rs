@@ -31,7 +31,7 @@ pub enum Timer {
     VcpuEndOverdue,
     /// A process that was asked to end has not.
     EndOverdue,
-    /// Ask the servers whether they still turn.
+    /// Ask servers and control plane whether they still turn.
     Probe,
     /// A process has not answered to an inspection.
     InspectOverdue,

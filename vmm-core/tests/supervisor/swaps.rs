@@ -105,6 +105,19 @@ pub fn swap(place: &Place, request: &Request) -> Reply {
     reply.clone()
 }
 
+/// A swap that was done, though not as planned: what happened to the old server.
+fn mishap_of_swap(place: &Place) -> String {
+    match swap(place, &request(Some(program(place, "good")))) {
+        Reply::Swapped {
+            from: 1,
+            to: 2,
+            mishap: Some(mishap),
+            ..
+        } => mishap,
+        other => panic!("{other:?}"),
+    }
+}
+
 fn refusal(reply: &Reply) -> String {
     match reply {
         Reply::Refused(why) => why.clone(),
@@ -388,17 +401,8 @@ fn a_swap_that_cannot_be_is_refused_with_a_sentence() {
 fn an_old_server_that_dies_when_told_to_stop_is_followed_by_the_new_one() {
     let place = Place::new();
     let running = with_disk(&place, "dies-at-stop");
-    let Reply::Swapped {
-        from: 1,
-        to: 2,
-        mishap: Some(mishap),
-        ..
-    } = swap(&place, &request(Some(program(&place, "good"))))
-    else {
-        panic!("no swap");
-    };
     assert_eq!(
-        mishap,
+        mishap_of_swap(&place),
         "disk0 (server 1) killed by SIGABRT; its last words: \"I will not\""
     );
     let ended = stop(&place, running);
@@ -408,17 +412,8 @@ fn an_old_server_that_dies_when_told_to_stop_is_followed_by_the_new_one() {
 fn an_old_server_that_does_not_let_go_is_killed_and_followed_by_the_new_one() {
     let place = Place::new();
     let running = with_disk(&place, "ignore-stop");
-    let Reply::Swapped {
-        from: 1,
-        to: 2,
-        mishap: Some(mishap),
-        ..
-    } = swap(&place, &request(Some(program(&place, "good"))))
-    else {
-        panic!("no swap");
-    };
     assert_eq!(
-        mishap,
+        mishap_of_swap(&place),
         "disk0 (server 1) killed by SIGKILL (did not let go within 5 seconds after it was told to stop)"
     );
     stop(&place, running);

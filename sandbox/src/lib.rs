@@ -19,6 +19,7 @@ mod confine;
 pub mod host;
 mod identity;
 mod jail;
+mod lasting;
 pub mod limits;
 pub mod namespaces;
 pub mod profile;
@@ -32,6 +33,7 @@ mod warden;
 
 pub use audit::{Audit, audit};
 pub use jail::{Jail, Report};
+pub use lasting::Lasting;
 pub use limits::Limits;
 pub use namespaces::Namespaces;
 pub use profile::{Profile, Rule, When};

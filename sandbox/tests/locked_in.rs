@@ -157,6 +157,21 @@ fn a_child_of_root_has_a_user_of_its_own_and_no_groups() {
 }
 
 #[test]
+fn a_child_in_namespaces_that_outlive_it_has_no_fewer_of_its_own() {
+    if !geteuid().is_root() {
+        return skip("needs root");
+    }
+    for options in [&["--lasting"][..], &["--lasting", "--no-user-namespace"]] {
+        let seen = run(Starter::Root, &[options, &["net"]].concat());
+        let user = if options.len() == 1 { "user " } else { "" };
+        seen.is("audit.namespaces", &format!("{user}mnt pid net ipc uts cgroup"));
+        seen.is("audit.no_capabilities", "true");
+        seen.is("missing", "");
+        seen.is("cause", "Exited(0)");
+    }
+}
+
+#[test]
 fn a_child_of_a_normal_user_is_that_user_outside() {
     if !geteuid().is_root() {
         return skip("needs root to start as another user");

@@ -38,6 +38,7 @@ impl Scene {
             env: Vec::new(),
             fds: vec![(control, sandbox::sys::fds::CONTROL)],
             namespaces: Namespaces::all(),
+            lasting: None,
             stderr: None,
             identity: Identity::own(1),
             jail: Some((sandbox::profile::bus(), sandbox::Options::default())),

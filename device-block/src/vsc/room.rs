@@ -192,6 +192,7 @@ fn launch(
         env: Vec::new(),
         fds: vec![(child_control, sandbox::sys::fds::CONTROL)],
         namespaces: Namespaces::all(),
+        lasting: None,
         stderr: None,
         identity: Identity::own(0),
         jail: Some((sandbox::profile::block(), sandbox::Options::default())),

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -19,6 +20,7 @@ use nix::unistd::{Pid, getegid, geteuid};
 
 use super::launch::{self, Failure, Plan, Started};
 use super::pidfd::Child;
+use crate::lasting::Lasting;
 use crate::namespaces::Namespaces;
 use crate::profile::Profile;
 use crate::stage::Options;
@@ -42,6 +44,8 @@ pub struct Spawn {
     /// A wish; what the host refuses is missing in the child's [`crate::Report`]. A user namespace is added
     /// for callers who are not root, because they get no other one without it.
     pub namespaces: Namespaces,
+    /// Those of them that were made already. Only root can use them.
+    pub lasting: Option<Arc<Lasting>>,
     /// The child's standard error; the caller's own if absent.
     pub stderr: Option<OwnedFd>,
     pub identity: Identity,
@@ -152,7 +156,17 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
         source: io::ErrorKind::Unsupported.into(),
     };
     let gives = |set: Namespaces| super::probe::can_make_namespaces(set.clone_flags()).is_ok();
-    for rung in rungs(spec.namespaces, identity, caller_is_root, gives) {
+    let lasting = spec.lasting.as_deref();
+    let ways = rungs(spec.namespaces, identity, caller_is_root, gives).flat_map(|rung| {
+        let usable = lasting.filter(|lasting| rung.namespaces.contains(lasting.kinds()));
+        // If they cannot be entered, the process gets all of its own.
+        usable
+            .map(Some)
+            .into_iter()
+            .chain([None])
+            .map(move |lasting| (rung, lasting))
+    });
+    for (rung, lasting) in ways {
         let birth = Birth {
             made: rung.namespaces,
             wanted: wanted(spec.namespaces, caller_is_root),
@@ -161,10 +175,13 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
         };
         plan.take_namespace_user = rung.mapped.is_some();
         plan.leave_groups = rung.mapped.is_some() && caller_is_root;
-        plan.clone_flags = rung.namespaces.clone_flags().bits();
+        let to_make = lasting.map_or(rung.namespaces, |lasting| {
+            rung.namespaces.without(lasting.kinds())
+        });
+        plan.clone_flags = to_make.clone_flags().bits();
         match try_rung(
             &plan,
-            rung,
+            (rung, lasting),
             warden.as_ref().map(|warden| (warden, birth)),
             caller_is_root,
         ) {
@@ -234,11 +251,15 @@ fn rungs(
 
 fn try_rung(
     plan: &Plan,
-    rung: Rung,
+    (rung, lasting): (Rung, Option<&Lasting>),
     jail: Option<(&Warden, Birth)>,
     caller_is_root: bool,
 ) -> Result<Child, SpawnError> {
-    let started = launch::start(plan).map_err(|source| SpawnError::Host {
+    let started = match lasting {
+        Some(lasting) => lasting.within(|| launch::start(plan)),
+        None => launch::start(plan),
+    };
+    let started = started.map_err(|source| SpawnError::Host {
         what: "make a process",
         source,
     })?;

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -11,19 +12,21 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::{getegid, geteuid};
-use sandbox::{Child, Identity, Namespaces, Options, Spawn, audit, spawn};
+use sandbox::{Child, Identity, Lasting, Namespaces, Options, Spawn, audit, spawn};
 
 /// Limit: a child on a loaded machine gets this long for each step; nothing depends on how long it really takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 pub fn run(words: &[&str]) -> i32 {
     let (mut namespaces, mut identity, mut options) = (Namespaces::all(), Identity::own(3), Vec::new());
+    let mut lasting = None;
     let mut rest = words;
     while let [option, more @ ..] = rest
         && let Some(option) = option.strip_prefix("--")
     {
         match option {
             "no-namespaces" => namespaces = Namespaces::none(),
+            "lasting" => lasting = Some(Arc::new(Lasting::new().expect("root may make them"))),
             "no-user-namespace" => namespaces = namespaces.without(Namespaces::USER),
             "keep-identity" => identity = Identity::Keep,
             "host-without-user-namespaces" => {
@@ -60,6 +63,7 @@ pub fn run(words: &[&str]) -> i32 {
         env: vec![("ONLY".into(), "this".into())],
         fds: vec![(theirs, 3), (extra.into(), 9)],
         namespaces,
+        lasting,
         stderr: None,
         identity,
         jail: Some((crate::profile(profile), strictness)),

@@ -254,6 +254,7 @@ fn start_passt(mtu: u16) -> Result<(OwnedFd, Process)> {
         env: Vec::new(),
         fds: vec![(theirs, 3)],
         namespaces: Namespaces::none(),
+        lasting: None,
         stderr: Some(stderr),
         identity: Identity::Keep,
         jail: None,

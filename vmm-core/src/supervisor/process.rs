@@ -9,12 +9,13 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use sandbox::{Child, ExitCause, Identity, Namespaces, Options, Profile, Spawn};
+use sandbox::{Child, ExitCause, Identity, Lasting, Namespaces, Options, Profile, Spawn};
 use vmbus::ipc::{Message, PeerFault, Socket, pair};
 
 /// Limit: characters of a line; the rest of a longer one follows as another line.
@@ -43,14 +44,14 @@ pub struct Process {
 impl Process {
     /// Starts a program of ours with a jail, in which it locks itself. `index` tells the VM's processes apart.
     pub fn start(program: &Path, jail: (Profile, Options), index: u32) -> Result<Self> {
-        Self::launch(program, &[], Namespaces::all(), jail, index)
+        Self::launch(program, &[], (Namespaces::all(), None), jail, index)
     }
 
-    /// The same with arguments, and in these namespaces.
+    /// The same with arguments, in these namespaces, of which some may have been made already.
     pub fn launch(
         program: &Path,
         args: &[&str],
-        namespaces: Namespaces,
+        (namespaces, lasting): (Namespaces, Option<Arc<Lasting>>),
         jail: (Profile, Options),
         index: u32,
     ) -> Result<Self> {
@@ -62,6 +63,7 @@ impl Process {
             env: passed_on(),
             fds: vec![(theirs, sandbox::sys::fds::CONTROL)],
             namespaces,
+            lasting,
             stderr: Some(stderr),
             identity: Identity::own(index),
             jail: Some(jail),

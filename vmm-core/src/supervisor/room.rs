@@ -3,10 +3,12 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
+use sandbox::{Lasting, Namespaces};
 use vmbus::ipc::hello::PROTOCOL;
 use vmbus::ipc::{PeerFault, SendError, ServerToSupervisor, SupervisorToBus, SupervisorToServer, pair};
 use vmbus::journal;
@@ -62,6 +64,8 @@ pub struct RoomState {
     pub(super) held: Option<Held>,
     pub(super) journal: OwnedFd,
     pub(super) mtu: u16,
+    /// Made with the first server that this supervisor starts.
+    pub(super) lasting: Option<Arc<Lasting>>,
 }
 
 /// The server of a device.
@@ -134,6 +138,7 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             held,
             journal,
             mtu: 0,
+            lasting: None,
         });
     }
     let nets = spec.nets.iter();
@@ -204,6 +209,14 @@ impl RoomState {
     }
 
     /// Starts a process of the next generation; `program`: another one than the one that came with `bulkhead`.
+    /// What all servers of the device are born into; without it each one makes its own.
+    fn lasting(&mut self) -> Option<Arc<Lasting>> {
+        if self.lasting.is_none() && rustix::process::geteuid().is_root() {
+            self.lasting = Lasting::new().ok().map(Arc::new);
+        }
+        self.lasting.clone()
+    }
+
     pub(super) fn launch(
         &mut self,
         program: Option<&Path>,
@@ -215,7 +228,8 @@ impl RoomState {
         let own = settings.programs.join(self.plan.program.file_name());
         let jail = (self.plan.program.profile(), settings.strictness);
         let index = self.plan.device.saturating_add(1);
-        let mut process = Process::start(program.unwrap_or(&own), jail, index)?;
+        let namespaces = (Namespaces::all(), self.lasting());
+        let mut process = Process::launch(program.unwrap_or(&own), &[], namespaces, jail, index)?;
         let generation = self.newest.saturating_add(1);
         let recorder =
             Recorder::new_memory().map_err(|error| anyhow!("cannot make a flight recorder: {error}"))?;

@@ -37,7 +37,7 @@ impl Keeper {
         let program = Path::new("/proc/self/exe");
         // What the host lacks is reported, and the supervisor knows whether that is an error.
         let jail = (profile::keeper(), Options::default());
-        let process = Process::launch(program, &[ARGUMENT, vm], namespaces, jail, INDEX)?;
+        let process = Process::launch(program, &[ARGUMENT, vm], (namespaces, None), jail, INDEX)?;
         Ok(Keeper {
             process,
             ready: false,

@@ -336,3 +336,39 @@ fn held_packets_leave_half_of_the_slots_to_requests() {
     open.endpoint.commit_taken().expect("the guest behaves");
     assert_eq!(open.endpoint.held(), MAX_HELD - 1);
 }
+
+/// It had taken the kick, and died before it read the ring and before it interrupted for what it had published.
+#[test]
+fn a_successor_finds_what_its_predecessor_was_kicked_for_and_signals_what_that_may_not_have_signalled() {
+    let (mut guest, mut port, journal) = setup();
+    let mut channel = guest.open_channel(SMALL).expect("a channel");
+    let (mut endpoint, _) = opened(&mut port).remove(0);
+    let id = channel.new_transaction_id();
+    channel.send_in_band(id, true, &[&[0; 64]]).expect("room");
+    channel.flush().expect("flush");
+    endpoint.drain_kick().expect("a kick");
+    drop((endpoint, port));
+    guest.server_gone();
+
+    let mut port = connect(&mut guest, &journal);
+    let (endpoint, recovered) = opened(&mut port).remove(0);
+    assert!(!recovered.fresh);
+    let mut open = Open {
+        guest,
+        port,
+        channel,
+        endpoint: *endpoint,
+        buf: PacketBuf::new(),
+    };
+    assert!(open.channel.wait_interrupt(deadline()).expect("poll"));
+    assert_eq!(open.channel.counters().interrupts_without_flag, 0);
+    assert!(!open.is_kicked());
+    assert_eq!(
+        open.endpoint.prepare_sleep(),
+        Ok(true),
+        "there is something to read"
+    );
+    let token = open.take().expect("the packet");
+    assert_eq!(token.transaction_id(), id);
+    token.abandon();
+}

@@ -103,6 +103,14 @@ impl Nic {
         if !self.stops {
             for index in self.open_channels() {
                 busy |= self.serve_channel(port, index)?;
+                // The guest goes on with these while the next channel is served. Not with the answer that it gets frames from
+                // now on: what is on its way before that is thrown away first.
+                if let Some(channel) = self.channels.get_mut(&index)
+                    && !self.backlog_stale
+                {
+                    let published = channel.endpoint.publish();
+                    channel.check(published);
+                }
             }
             self.send_responses();
             busy |= self.receive_frames(port);

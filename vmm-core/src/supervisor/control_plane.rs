@@ -114,13 +114,24 @@ impl Supervisor {
             let overdue = Instant::now() + END_DEADLINE;
             return self.timers.set(overdue, Timer::VcpuEndOverdue);
         }
-        if !matches!(self.phase, Phase::Starting { .. }) {
+        // A start that fails has its sentence, whichever process has said it first.
+        let has_run = !matches!(
+            self.phase,
+            Phase::Starting { .. }
+                | Phase::EndingVcpu(Outcome::Setup(_))
+                | Phase::EndingServers(Outcome::Setup(_))
+                | Phase::Over(Outcome::Setup(_))
+        );
+        if has_run {
             let failed = self.bus_failed.clone();
             self.keep_report(self.report_of("bus", &self.bus, cause, failed));
         }
+        // Then what it has said itself is all that a person needs.
+        let refused = matches!(self.phase, Phase::Starting { .. }) && matches!(cause, ExitCause::Exited(_));
         let cause = Finding::tell(self.oom.finding(), cause, self.bus_failed.is_some());
         let died = last_words("bulkhead-bus", &self.bus, cause);
         let why = match self.bus_failed.take() {
+            Some(why) if refused => why,
             Some(why) => format!("{died}; {why}"),
             None => died,
         };

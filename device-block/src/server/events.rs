@@ -81,7 +81,7 @@ impl Server {
     }
 
     fn on_port(&mut self, for_room: bool, more: bool) -> Result<(), ServerError> {
-        for event in self.port.on_readable().map_err(ServerError::Bus)? {
+        while let Some(event) = self.port.next_event().map_err(ServerError::Bus)? {
             self.on_port_event(event)?;
         }
         if for_room {

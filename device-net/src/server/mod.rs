@@ -259,16 +259,8 @@ impl Server {
     }
 
     fn on_port(&mut self) -> Result<(), ServerError> {
-        let mut events = self.port.on_readable().map_err(ServerError::Bus)?.into_iter();
-        while let Some(event) = events.next() {
-            if let Err(error) = self.on_port_event(event) {
-                for event in events {
-                    if let PortEvent::ChannelOpened(_, recovered) = event {
-                        recover::abandon_all(recovered);
-                    }
-                }
-                return Err(error);
-            }
+        while let Some(event) = self.port.next_event().map_err(ServerError::Bus)? {
+            self.on_port_event(event)?;
         }
         Ok(())
     }

@@ -169,21 +169,29 @@ impl Port {
         self.journal.load_state(open_epoch)
     }
 
-    /// Whether to poll for writability, too, and then to call [`Self::on_readable`].
+    /// Whether to poll for writability, too, and then to call [`Self::next_event`].
     pub fn wants_write(&self) -> bool {
         self.socket.has_queued()
     }
 
-    /// Handles everything that has arrived. After an error the server exits: `bulkhead-bus` is gone, or broken.
-    pub fn on_readable(&mut self) -> Result<Vec<PortEvent>, PeerFault> {
+    /// The next of what has arrived that a server has to react to. It does so before it asks again: what comes after
+    /// [`PortEvent::Serve`] opens rings and journals, in which a predecessor must not be at work any more.
+    ///
+    /// After an error the server exits: `bulkhead-bus` is gone, or broken.
+    pub fn next_event(&mut self) -> Result<Option<PortEvent>, PeerFault> {
         self.socket.flush()?;
-        let mut events = Vec::new();
         while let Some((message, fds)) = self.socket.recv::<BusToServer>()? {
-            if let Some(event) = self.on_message(message, fds)? {
-                events.push(event);
+            let event = self.on_message(message, fds)?;
+            if event.is_some() {
+                return Ok(event);
             }
         }
-        Ok(events)
+        Ok(None)
+    }
+
+    /// Everything that has arrived, for whoever has no predecessor.
+    pub fn on_readable(&mut self) -> Result<Vec<PortEvent>, PeerFault> {
+        std::iter::from_fn(|| self.next_event().transpose()).collect()
     }
 
     /// Asks for sub-channels 1 to `count` to be offered; they open when the guest wants to. `count` is bounded by

@@ -382,3 +382,28 @@ fn saved_state_belongs_to_one_opening_and_survives_the_server() {
     assert!(port.save_state(7, &Plain(vec![0u8; 70_000])).is_err(), "too long");
     assert_eq!(port.load_state(7), Ok(Some(state("second", 2))));
 }
+
+#[test]
+fn no_ring_is_opened_before_a_server_has_carried_out_that_it_serves() {
+    let (mut guest, mut port, journal) = setup();
+    let _channel = guest.open_channel(SMALL).expect("a channel");
+    let written = || {
+        let mut bytes = vec![0; crate::journal::required_len() as usize];
+        let file = std::fs::File::from(journal.try_clone().expect("a journal"));
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).expect("its bytes");
+        bytes
+    };
+    let before = written();
+    assert!(matches!(port.next_event(), Ok(Some(PortEvent::Attached))));
+    assert!(matches!(port.next_event(), Ok(Some(PortEvent::Serve))));
+    assert!(
+        written() == before,
+        "a predecessor may be at work in the journal still"
+    );
+    let rest = port.on_readable().expect("bus behaves");
+    assert!(
+        rest.iter()
+            .any(|event| matches!(event, PortEvent::ChannelOpened(..)))
+    );
+    assert!(written() != before, "the channel is opened there");
+}

@@ -96,16 +96,12 @@ impl State {
     }
 
     fn is_over(&self) -> bool {
-        self.kills
-            .last()
-            .is_none_or(|last| self.has_completed_all_of(last.at))
-    }
-
-    /// Whether nothing is under way any more that was at that moment.
-    fn has_completed_all_of(&self, at: Instant) -> bool {
+        let Some(last) = self.kills.last() else {
+            return true;
+        };
         self.oldest
             .iter()
-            .all(|(oldest, _)| oldest.is_none_or(|sent| sent > at))
+            .all(|(oldest, _)| oldest.is_none_or(|sent| sent > last.at))
     }
 }
 
@@ -203,7 +199,23 @@ impl Timeline {
         let now = Instant::now();
         let mut state = self.lock();
         state.moments.push((now, Some(Duration::ZERO)));
-        self.wait_until(state, deadline, |state| state.has_completed_all_of(now))
+        loop {
+            let is_over = state
+                .oldest
+                .iter()
+                .all(|(oldest, _)| oldest.is_none_or(|sent| sent > now));
+            if is_over {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
     }
 
     /// The server of that generation is killed now.
@@ -288,24 +300,23 @@ impl Timeline {
     /// `false`: not before the deadline.
     pub fn wait_over(&self, completions: u64, deadline: Instant) -> bool {
         let mut wanted = None;
-        self.wait_until(self.lock(), deadline, |state| {
-            state.is_over() && state.completed >= *wanted.get_or_insert(state.completed + completions)
-        })
-    }
-
-    /// `false`: it is not so before the deadline.
-    fn wait_until(
-        &self,
-        state: MutexGuard<'_, State>,
-        deadline: Instant,
-        mut is_so: impl FnMut(&State) -> bool,
-    ) -> bool {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let waited = self
-            .changed
-            .wait_timeout_while(state, left, |state| !is_so(state));
-        let (_state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        !waited.timed_out()
+        let mut state = self.lock();
+        loop {
+            if state.is_over() {
+                let completed = state.completed;
+                if completed >= *wanted.get_or_insert(completed + completions) {
+                    return true;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        }
     }
 
     /// What there is to say in the end.

@@ -1,17 +1,16 @@
 #![forbid(unsafe_code)]
 //! `bulkhead device`: what an operator does to one device of a running VM.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Subcommand;
 use vmbus::ipc::PeerFault;
 
-use super::talk::{ask, connect, receive_within};
+use super::talk::{ask, connect_below, receive_within};
 use crate::spec::Name;
 use crate::supervisor::control::{Reply, Request};
-use crate::supervisor::folder::base;
 use crate::supervisor::keeper::is_orphaned;
 
 #[derive(Subcommand)]
@@ -62,21 +61,21 @@ Exit status:
 /// Limit: from the time that the new server may take to the end of the old one, its I/O included.
 const HANDOVER: Duration = Duration::from_secs(60);
 
-pub(super) fn main(command: DeviceCommand) -> Result<()> {
+pub(super) fn main(command: DeviceCommand, base: &Path) -> Result<()> {
     match command {
-        DeviceCommand::List { vm } => list(&vm),
-        DeviceCommand::Resume { vm, device, binary } => resume(&vm, device, binary),
+        DeviceCommand::List { vm } => list(&vm, base),
+        DeviceCommand::Resume { vm, device, binary } => resume(&vm, base, device, binary),
         DeviceCommand::Swap {
             vm,
             device,
             binary,
             patience,
-        } => swap(&vm, device, binary, patience),
+        } => swap(&vm, base, device, binary, patience),
     }
 }
 
-fn list(vm: &Name) -> Result<()> {
-    match ask(&mut connect(vm)?, &Request::Devices)? {
+fn list(vm: &Name, base: &Path) -> Result<()> {
+    match ask(&mut connect_below(vm, base)?, &Request::Devices)? {
         Reply::Devices(lines) => {
             for line in lines {
                 println!("{line}");
@@ -87,24 +86,24 @@ fn list(vm: &Name) -> Result<()> {
     }
 }
 
-fn resume(vm: &Name, device: String, binary: Option<PathBuf>) -> Result<()> {
+fn resume(vm: &Name, base: &Path, device: String, binary: Option<PathBuf>) -> Result<()> {
     let program = binary.map(full_path).transpose()?;
     let request = Request::Resume { device, program };
-    match ask(&mut connect(vm)?, &request)? {
+    match ask(&mut connect_below(vm, base)?, &request)? {
         Reply::Done => Ok(()),
         Reply::Refused(why) => bail!("{why}"),
         other => bail!("{vm} answers {other:?}"),
     }
 }
 
-fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> Result<()> {
+fn swap(vm: &Name, base: &Path, device: String, binary: Option<PathBuf>, patience_s: u32) -> Result<()> {
     let program = binary.map(full_path).transpose()?;
     let request = Request::Swap {
         device: device.clone(),
         program,
         patience_s,
     };
-    let mut socket = connect(vm)?;
+    let mut socket = connect_below(vm, base)?;
     socket.send(&request, &[])?;
     let limit = Duration::from_secs(patience_s.into()) + HANDOVER;
     match receive_within(&mut socket, limit) {
@@ -126,7 +125,7 @@ fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> 
         Ok(Reply::Refused(why)) => bail!("{why}"),
         Ok(other) => bail!("{vm} answers {other:?}"),
         Err(error) if matches!(error.downcast_ref(), Some(PeerFault::Eof)) => {
-            bail!("{}", interrupted(vm, &device))
+            bail!("{}", interrupted(vm, base, &device))
         }
         Err(error) => Err(error.context(format!(
             "whether {device} was swapped is not known (bulkhead events {vm} will show it)"
@@ -135,12 +134,12 @@ fn swap(vm: &Name, device: String, binary: Option<PathBuf>, patience_s: u32) -> 
 }
 
 /// The supervisor has closed the connection without an answer. The VM may have another one already.
-fn interrupted(vm: &Name, device: &str) -> String {
-    if is_orphaned(&base().join(vm.as_str())).unwrap_or(false) {
+fn interrupted(vm: &Name, base: &Path, device: &str) -> String {
+    if is_orphaned(&base.join(vm.as_str())).unwrap_or(false) {
         format!(
             "the supervisor of {vm} was killed, and the VM goes on: `bulkhead adopt {vm}` completes the swap of {device} or undoes it"
         )
-    } else if connect(vm).is_ok() {
+    } else if connect_below(vm, base).is_ok() {
         format!("{vm} has another supervisor now: `bulkhead events {vm}` shows whether {device} was swapped")
     } else {
         format!("the VM ended before {device} was swapped")

@@ -120,8 +120,13 @@ enum Command {
         run_folder: Option<PathBuf>,
     },
     /// Do something to a device of a running VM
-    #[command(subcommand)]
-    Device(device::DeviceCommand),
+    Device {
+        #[command(subcommand)]
+        command: device::DeviceCommand,
+        /// Where the folders of running VMs are
+        #[arg(long, value_name = "FOLDER", hide = true, global = true)]
+        run_folder: Option<PathBuf>,
+    },
 }
 
 /// The program.
@@ -150,7 +155,7 @@ pub fn main() -> ExitCode {
             number,
             run_folder,
         } => events::crashes(&vm, &run_folder.unwrap_or_else(base), number),
-        Command::Device(command) => device::main(command),
+        Command::Device { command, run_folder } => device::main(command, &run_folder.unwrap_or_else(base)),
         Command::Stop { vm, power_button } => talk::stop(&vm, power_button),
     };
     match result {

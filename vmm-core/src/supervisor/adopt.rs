@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::geteuid;
-use vmbus::ipc::{PeerFault, Socket, SupervisorToBus, SupervisorToServer};
+use vmbus::ipc::{PeerFault, SendError, Socket, SupervisorToBus, SupervisorToServer};
 
 use super::backend::Held;
 use super::chronicle::{Chronicle, Event};
@@ -22,7 +22,7 @@ use super::control::Listener;
 use super::folder::Folder;
 use super::input::Input;
 use super::keeper::mirror::Keeper;
-use super::keeper::{FromKeeper, LISTENER, ToKeeper, first_word, receive_kept, supervisor_of};
+use super::keeper::{FromKeeper, LISTENER, LOOKS, PAUSE, ToKeeper, first_word, receive_kept, supervisor_of};
 use super::oom::OomWatch;
 use super::policy::History;
 use super::process::Process;
@@ -65,9 +65,31 @@ impl Given {
         {
             bail!("the VM {name} is one of the user {owner}: nobody else can adopt it");
         }
-        let Some((mut socket, word)) = first_word(&path)? else {
-            bail!("no VM named {name} runs for this user (bulkhead list shows which do)");
-        };
+        let mut hung_up = false;
+        for _ in 0..LOOKS {
+            let Some((socket, word)) = first_word(&path)? else {
+                match hung_up {
+                    true => bail!("the VM {name} has just ended"),
+                    false => bail!("no VM named {name} runs for this user (bulkhead list shows which do)"),
+                }
+            };
+            if let Some(given) = Self::hear(name, &path, socket, word)? {
+                return Ok(given);
+            }
+            // It is at its end, or more have come than it listens to at once.
+            hung_up = true;
+            std::thread::sleep(PAUSE);
+        }
+        bail!("the keeper of {name} hangs up: it does not give the VM to this user")
+    }
+
+    /// Takes everything. `None`: the keeper has hung up.
+    fn hear(
+        name: &Name,
+        path: &Path,
+        mut socket: Socket,
+        word: Result<FromKeeper, PeerFault>,
+    ) -> Result<Option<Self>> {
         let mut given = (BTreeMap::new(), Texts::new());
         let mut asked = false;
         let mut next = word.map(|word| (word, Vec::new()));
@@ -75,7 +97,10 @@ impl Given {
             match next {
                 Ok((FromKeeper::Orphaned, _)) => {
                     asked = true;
-                    socket.send(&ToKeeper::Adopt, &[])?;
+                    match socket.send(&ToKeeper::Adopt, &[]) {
+                        Err(SendError::Disconnected) => return Ok(None),
+                        sent => sent?,
+                    }
                 }
                 Ok((FromKeeper::Keep { names }, fds)) => given.0.extend(names.into_iter().zip(fds)),
                 Ok((FromKeeper::Write { name, bytes }, _)) => {
@@ -88,18 +113,18 @@ impl Given {
                     )
                 }
                 Ok((FromKeeper::Supervised, _)) => {
-                    let process = supervisor_of(&path);
+                    let process = supervisor_of(path);
                     let process = process.map_or(String::new(), |process| format!(" (process {process})"));
                     bail!("the VM {name} has a supervisor{process}: there is nothing to adopt")
                 }
                 Ok((FromKeeper::Ready { .. }, _)) => bail!("the keeper of {name} is out of turn"),
-                Err(PeerFault::Eof) => bail!("the VM {name} has just ended"),
+                Err(PeerFault::Eof) => return Ok(None),
                 Err(fault) => bail!("the keeper of {name} does not answer: {fault}"),
             }
             next = receive_kept(&mut socket);
         }
         let (kept, texts) = given;
-        Ok(Given { socket, kept, texts })
+        Ok(Some(Given { socket, kept, texts }))
     }
 
     fn take(&mut self, name: &str) -> Result<OwnedFd> {

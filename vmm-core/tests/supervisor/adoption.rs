@@ -1,26 +1,20 @@
 #![forbid(unsafe_code)]
-//! Adoptions at the worst moments: several at once, in the middle of a swap, beside a standby.
+//! Adoptions at the worst moments: in the middle of a swap, beside a standby, under a service manager.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::chown;
-use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, geteuid};
+use nix::unistd::Pid;
 use vmm_core::supervisor::chronicle::{self, Event};
 use vmm_core::supervisor::control::{DeviceLine, Reply, Request};
 
-use super::place::{PATIENCE, Place, Running, is_gone, replies};
+use super::place::{Place, Running, is_gone, replies};
+use super::played::SWAPPED;
 use super::standbys::standby;
 use super::swaps::{process, program, runs, until};
 
 pub const ALL: &[(&str, fn())] = &[
-    (
-        "of_several_adopters_one_is_let_and_each_other_says_why_not",
-        of_several_adopters_one_is_let_and_each_other_says_why_not,
-    ),
     (
         "a_swap_that_had_not_come_far_is_undone_at_adoption",
         a_swap_that_had_not_come_far_is_undone_at_adoption,
@@ -30,12 +24,12 @@ pub const ALL: &[(&str, fn())] = &[
         a_swap_whose_old_server_was_told_to_stop_is_completed_at_adoption,
     ),
     (
-        "a_standby_outlives_the_supervisor_and_takes_over_under_the_next",
-        a_standby_outlives_the_supervisor_and_takes_over_under_the_next,
+        "a_swap_command_whose_supervisor_is_killed_says_what_to_do",
+        a_swap_command_whose_supervisor_is_killed_says_what_to_do,
     ),
     (
-        "the_vm_of_another_user_is_not_adopted",
-        the_vm_of_another_user_is_not_adopted,
+        "a_standby_outlives_the_supervisor_and_takes_over_under_the_next",
+        a_standby_outlives_the_supervisor_and_takes_over_under_the_next,
     ),
     (
         "the_unit_that_the_help_shows_is_right_about_what_bulkhead_does",
@@ -44,24 +38,24 @@ pub const ALL: &[(&str, fn())] = &[
 ];
 
 /// A VM with a disk whose supervisor can be killed (its console is not the test's).
-fn started(place: &Place, disk: &str) -> Running {
+pub fn started(place: &Place, disk: &str) -> Running {
     let running = place.start(&["--cmdline", "watch", "--disk", disk, "--console", "none"]);
     place.wait_until_it_runs();
     running
 }
 
-fn signal(process: i32, signal: Signal) {
+pub fn signal(process: i32, signal: Signal) {
     kill(Pid::from_raw(process), signal).expect("it is there");
 }
 
-fn disk(place: &Place) -> DeviceLine {
+pub fn disk(place: &Place) -> DeviceLine {
     match &place.ask(&Request::Devices)[..] {
         [Reply::Devices(lines)] => lines[0].clone(),
         other => panic!("{other:?}"),
     }
 }
 
-fn ends_with(place: &Place, adopter: Running, processes: &[i32]) -> String {
+pub fn ends_with(place: &Place, adopter: Running, processes: &[i32]) -> String {
     assert_eq!(place.ask(&Request::Stop), [Reply::Done]);
     let ended = adopter.wait();
     ended.expect(0, "");
@@ -73,49 +67,9 @@ fn ends_with(place: &Place, adopter: Running, processes: &[i32]) -> String {
 }
 
 /// What happened to the VM, in order.
-fn events(place: &Place) -> Vec<Event> {
+pub fn events(place: &Place) -> Vec<Event> {
     let read = chronicle::read_after(&place.path("run/vm"), 0);
     read.into_iter().map(|entry| entry.event).collect()
-}
-
-fn of_several_adopters_one_is_let_and_each_other_says_why_not() {
-    let place = Place::new();
-    let mut supervisor = started(&place, "memory=1M");
-    let server = process(&place, "disk0");
-    for _ in 0..5 {
-        supervisor.kill();
-        let mut adopters: Vec<Running> = (0..6).map(|_| place.adopt("vm")).collect();
-        let deadline = Instant::now() + PATIENCE;
-        let mut refused = Vec::new();
-        while refused.len() < 5 {
-            assert!(Instant::now() < deadline, "{} were refused", refused.len());
-            let ended = adopters
-                .iter_mut()
-                .position(|adopter| adopter.child.try_wait().expect("ours").is_some());
-            match ended {
-                Some(ended) => refused.push(adopters.remove(ended).wait()),
-                None => std::thread::yield_now(),
-            }
-        }
-        supervisor = adopters.remove(0);
-        place.wait_until_it_runs();
-        // The faster one may not have said yet which process it is.
-        let winner = supervisor.child.id();
-        let sentences = [
-            format!("the VM vm has a supervisor (process {winner}): "),
-            "the VM vm has a supervisor: ".to_owned(),
-            "the VM vm was adopted by another process just before: ".to_owned(),
-        ];
-        for ended in refused {
-            ended.expect(1, ": there is nothing to adopt\n");
-            let sentence = ended.stderr.strip_prefix("bulkhead: ").expect("a sentence");
-            assert_eq!(sentence.lines().count(), 1, "{sentence}");
-            let is_expected = sentences.iter().any(|expected| sentence.starts_with(expected));
-            assert!(is_expected, "{sentence}");
-        }
-        assert_eq!(process(&place, "disk0"), server);
-    }
-    ends_with(&place, supervisor, &[server]);
 }
 
 /// Asks for a swap of the disk to a program of that play, and returns what hears the answer.
@@ -211,6 +165,74 @@ fn a_swap_whose_old_server_was_told_to_stop_is_completed_at_adoption() {
     }
 }
 
+/// `bulkhead device swap`, once the new server runs, which never gets ready.
+fn swap_command(place: &Place) -> (Running, i32) {
+    // A file of its own: the command looks where a link leads.
+    let mute = place.path(&format!("{SWAPPED}mute"));
+    if !mute.exists() {
+        std::fs::copy(std::env::current_exe().expect("known"), &mute).expect("copied");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+    command
+        .args(["device", "swap", "vm", "disk0", "--binary"])
+        .arg(mute)
+        .arg("--run-folder")
+        .arg(place.path("run"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let asked = Running {
+        child: command.spawn().expect("started"),
+    };
+    let (_, _, successor) = until(|| disk(place).successor);
+    until(|| runs(successor, "swapped-mute").then_some(()));
+    (asked, successor)
+}
+
+fn a_swap_command_whose_supervisor_is_killed_says_what_to_do() {
+    let place = Place::new();
+    let mut supervisor = started(&place, "memory=1M");
+    let server = process(&place, "disk0");
+    let says = |asked: Running, sentence: &str| {
+        let ended = asked.wait();
+        ended.expect(1, "");
+        assert_eq!(ended.stdout, "");
+        assert_eq!(ended.stderr, format!("bulkhead: {sentence}\n"));
+    };
+
+    let (asked, successor) = swap_command(&place);
+    supervisor.kill();
+    says(
+        asked,
+        "the supervisor of vm was killed, and the VM goes on: `bulkhead adopt vm` completes the swap of disk0 or undoes it",
+    );
+    supervisor = place.adopt("vm");
+    place.wait_until_it_runs();
+    until(|| is_gone(successor).then_some(()));
+
+    // By the time that the command looks there is another one.
+    let (asked, successor) = swap_command(&place);
+    asked.signal(Signal::SIGSTOP);
+    supervisor.kill();
+    supervisor = place.adopt("vm");
+    place.wait_until_it_runs();
+    until(|| is_gone(successor).then_some(()));
+    asked.signal(Signal::SIGCONT);
+    says(
+        asked,
+        "vm has another supervisor now: `bulkhead events vm` shows whether disk0 was swapped",
+    );
+    let undone = |event: &Event| matches!(event, Event::SwapFailed { .. });
+    assert_eq!(events(&place).iter().filter(|event| undone(event)).count(), 2);
+    assert_eq!(process(&place, "disk0"), server);
+
+    let (asked, successor) = swap_command(&place);
+    asked.signal(Signal::SIGSTOP);
+    ends_with(&place, supervisor, &[server, successor]);
+    asked.signal(Signal::SIGCONT);
+    says(asked, "the VM ended before disk0 was swapped");
+}
+
 fn a_standby_outlives_the_supervisor_and_takes_over_under_the_next() {
     let place = Place::new();
     let supervisor = started(&place, "memory=1M,standby=true");
@@ -230,34 +252,6 @@ fn a_standby_outlives_the_supervisor_and_takes_over_under_the_next() {
     now.sort_unstable();
     assert_eq!(now.len(), 5, "vcpu, bus, keeper, server and standby: {now:?}");
     ends_with(&place, adopter, &[first, second, third]);
-}
-
-fn the_vm_of_another_user_is_not_adopted() {
-    if !geteuid().is_root() {
-        println!("SKIP supervisor: only root can give a VM's folder to another user");
-        return;
-    }
-    let place = Place::new();
-    let supervisor = started(&place, "memory=1M");
-    let server = process(&place, "disk0");
-    supervisor.kill();
-    let folder = place.path("run/vm");
-    let give = |user| chown(Path::new(&folder), Some(user), None).expect("we are root");
-    give(65534);
-    let mut refused = place.adopt("vm");
-    // One that is let does not end.
-    refused.ends();
-    assert!(refused.child.try_wait().expect("ours").is_some(), "it is adopted");
-    let refused = refused.wait();
-    refused.expect(1, "");
-    assert_eq!(
-        refused.stderr,
-        "bulkhead: the VM vm is one of the user 65534: nobody else can adopt it\n"
-    );
-    give(0);
-    let adopter = place.adopt("vm");
-    place.wait_until_it_runs();
-    ends_with(&place, adopter, &[server]);
 }
 
 /// What systemd would do with it is not tried, only what the program does under it.

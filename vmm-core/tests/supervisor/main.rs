@@ -2,6 +2,7 @@
 //! The supervisor as a process, with children that are played: this program plays `bulkhead-vcpu` or a server when it is
 //! started under such a name, and runs the tests otherwise.
 
+mod adopters;
 mod adoption;
 mod cases;
 mod fencing;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         standbys::ALL,
         orphans::ALL,
         adoption::ALL,
+        adopters::ALL,
         lacking::ALL,
     ]
     .concat()

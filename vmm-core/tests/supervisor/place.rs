@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -99,16 +99,22 @@ impl Place {
     }
 
     pub fn adopt(&self, name: &str) -> Running {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        let mut command = self.adopt_command(name, Path::new(env!("CARGO_BIN_EXE_bulkhead")));
+        Running {
+            child: command.spawn().expect("started"),
+        }
+    }
+
+    /// `bulkhead` is the program.
+    pub fn adopt_command(&self, name: &str, bulkhead: &Path) -> Command {
+        let mut command = Command::new(bulkhead);
         command
             .args(["adopt", name, "--run-folder"])
             .arg(self.path("run"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        Running {
-            child: command.spawn().expect("started"),
-        }
+        command
     }
 
     pub fn start(&self, args: &[&str]) -> Running {

@@ -18,8 +18,9 @@ use crate::supervisor::report::say;
 /// Limit: names of bytes. A VM has one for itself and one for each of at most 64 devices.
 const MAX_WRITTEN: usize = 256;
 
-/// Limit: those who have connected and not yet said that they want to adopt.
-const MAX_CANDIDATES: usize = 8;
+/// Limit: those who have connected and not yet said that they want to adopt. One more takes the place of the first, who
+/// may have stopped; one who has not comes again.
+pub const MAX_CANDIDATES: usize = 8;
 
 /// What the keeper has.
 struct Keeper {
@@ -212,11 +213,10 @@ impl Keeper {
                 Some(_) => FromKeeper::Supervised,
                 None => FromKeeper::Orphaned,
             };
-            if may
-                && socket.send(&word, &[]).is_ok()
-                && self.supervisor.is_none()
-                && self.candidates.len() < MAX_CANDIDATES
-            {
+            if may && socket.send(&word, &[]).is_ok() && self.supervisor.is_none() {
+                if self.candidates.len() == MAX_CANDIDATES {
+                    self.candidates.remove(0);
+                }
                 self.candidates.push(socket);
             }
         }

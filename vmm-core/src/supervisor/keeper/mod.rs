@@ -63,9 +63,10 @@ pub const STATE: &str = "vm";
 /// Limit: what an answer of a keeper may take, which has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Limit: how often the end of a supervisor is looked for that is gone, and the pause before each further look.
-const LOOKS: usize = 200;
-const PAUSE: Duration = Duration::from_millis(5);
+/// Limit: how often the end of a supervisor is looked for that is gone, or a keeper is asked that hangs up, and the pause
+/// before each further look.
+pub const LOOKS: usize = 200;
+pub const PAUSE: Duration = Duration::from_millis(5);
 
 /// What a supervisor says to its keeper.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -64,7 +64,8 @@ pub fn vcpu() -> Profile {
     Profile {
         name: "bulkhead-vcpu",
         syscalls: [RUNTIME, MEMORY, THREADS, SOCKETS, EPOLL, VCPU].concat(),
-        // Limit: 64 vCPUs with 65 channels each, two eventfds a channel, would be 8,320; the rest is slack.
+        // Limit: two eventfds for each of at most 1,024 open channels, and as many for what is on its way; the rest is
+        // slack. Where the host allows less, bulkhead-bus opens fewer channels.
         limits: Limits {
             open_files: 16384,
             threads: 96,
@@ -91,7 +92,8 @@ pub fn bus() -> Profile {
     Profile {
         name: "bulkhead-bus",
         syscalls: [RUNTIME, MEMORY, SOCKETS, EPOLL, BUS].concat(),
-        // Limit: two eventfds for each of 2,048 channels, and as many again on their way in a socket's queue.
+        // Limit: two eventfds for each of at most 1,024 open channels, and as many again on their way to each server that
+        // does not read: a hijacked one can make some 4,096 wait.
         limits: Limits {
             open_files: 16384,
             threads: 1,

@@ -15,7 +15,9 @@
 //! waits is bounded by what comes of one post. `bulkhead-vcpu` itself always reads, so that nobody waits for ever.
 //!
 //! It makes each channel's eventfds, and gives one duplicate to `bulkhead-vcpu`, which binds them to KVM, and one to each
-//! server of the device. It ends with `bulkhead-vcpu`. If it ends before, the supervisor ends the VM.
+//! server of the device. So that no guest opens more channels than there is room for descriptors, it learns at its start how
+//! many files it may have open, and refuses the guest what would be too much. It ends with `bulkhead-vcpu`. If it ends
+//! before, the supervisor ends the VM.
 
 mod eventfds;
 mod timers;
@@ -29,7 +31,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use rustix::process::{Resource, getrlimit};
 use sandbox::Jail;
+use vmbus::ipc::codec::MAX_MESSAGE_BYTES;
 use vmbus::ipc::hello::check_protocol;
 use vmbus::ipc::{
     BusToServer, BusToSupervisor, BusToVcpu, Message, PeerFault, SendError, ServerToBus, Socket,
@@ -45,6 +49,13 @@ use crate::child::{Link, init_logging, wait_for};
 const EVENTS_PER_WAKE: usize = 16;
 /// Limit: messages of one peer before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
+/// Descriptors of an open channel: its two eventfds, and their duplicates while they wait for a server to read.
+const DESCRIPTORS_PER_CHANNEL: u64 = 4;
+/// Limit: descriptors that belong to no channel. Sockets of 64 devices with a successor each, two descriptors of guest memory
+/// that wait for each of 64 servers, and some dozens.
+const OTHER_DESCRIPTORS: u64 = 384;
+/// Limit: bytes of the pairs of an inspection; a message has some more. Each pair has two lengths of 8 bytes.
+const INSPECT_BYTES: usize = MAX_MESSAGE_BYTES - 1024;
 
 /// The program. `control` is the socket to the supervisor.
 pub fn main(control: OwnedFd, jail: Jail) -> ExitCode {
@@ -72,6 +83,8 @@ fn begin(supervisor: &mut Socket, jail: Jail) -> anyhow::Result<Option<ControlPl
     };
     check_protocol(protocol)?;
     init_logging(&log)?;
+    // Ours alone to know: the sandbox does not let us ask.
+    let open_files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let report = jail.lock_in()?;
     let report = serde_json::to_string(&report)?;
     supervisor.send(&BusToSupervisor::Ready { report }, &[])?;
@@ -94,6 +107,8 @@ fn begin(supervisor: &mut Socket, jail: Jail) -> anyhow::Result<Option<ControlPl
         bail!("Machine comes first, not {}", machine.name());
     };
     check_protocol(protocol)?;
+    let mut bus = Bus::new(vp_count, ram);
+    bus.limit_open_channels(channels_for(open_files));
     let [ram_fd, siefp]: [OwnedFd; 2] = fds.try_into().ok().context("two descriptors come with Machine")?;
 
     let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
@@ -112,13 +127,37 @@ fn begin(supervisor: &mut Socket, jail: Jail) -> anyhow::Result<Option<ControlPl
         vcpu,
         servers: BTreeMap::new(),
         epoll,
-        bus: Bus::new(vp_count, ram),
+        bus,
         timers,
         eventfds: EventFds::default(),
         ram: ram_fd,
         siefp,
         names: BTreeMap::new(),
     }))
+}
+
+/// How many channels can be open in a process that may have so many descriptors.
+fn channels_for(open_files: u64) -> usize {
+    let channels = open_files.saturating_sub(OTHER_DESCRIPTORS) / DESCRIPTORS_PER_CHANNEL;
+    usize::try_from(channels).unwrap_or(usize::MAX)
+}
+
+/// As many of the pairs as a message holds, and how many are left out.
+fn fit(entries: Vec<(String, String)>) -> Vec<(String, String)> {
+    let count = entries.len();
+    let mut bytes = 0;
+    let mut fitting: Vec<_> = entries
+        .into_iter()
+        .take_while(|(path, value)| {
+            bytes += path.len() + value.len() + 16;
+            bytes <= INSPECT_BYTES
+        })
+        .collect();
+    if fitting.len() < count {
+        let left_out = count - fitting.len();
+        fitting.push(("left_out".to_owned(), left_out.to_string()));
+    }
+    fitting
 }
 
 /// What woke the thread.
@@ -261,10 +300,9 @@ impl ControlPlane {
                 self.execute(actions)
             }
             SupervisorToBus::Inspect => {
-                let mut entries = self.bus.inspect();
-                for (device, name) in &self.names {
-                    entries.push((format!("device.{device}.name"), name.clone()));
-                }
+                let names = self.names.iter();
+                let names = names.map(|(device, name)| (format!("device.{device}.name"), name.clone()));
+                let entries = fit(names.chain(self.bus.inspect()).collect());
                 self.report(&BusToSupervisor::Inspect { entries });
                 Ok(())
             }

@@ -94,6 +94,8 @@ pub enum OpenFault {
     },
     #[error("there is no VP {0}")]
     NoSuchVp(u32),
+    #[error("{0} channels are open, and no more can be")]
+    TooMany(usize),
 }
 
 /// What an OPENCHANNEL asks for.

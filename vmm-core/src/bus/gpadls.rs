@@ -19,9 +19,13 @@ use vmbus::wire::GpadlHeader;
 
 use super::action::{ChannelId, DeadlineId};
 
-/// Limit: GPADLs in all. A channel has one for its rings, a network device two more for its buffers; 2047 channels
-/// of which a guest with 64 processors uses some hundred.
+/// Limit: GPADLs in all. A channel has one for its rings, a network device two more for its buffers; 64 disks with 16
+/// channels each are 1,024, and a guest with 64 processors uses some hundred. An open channel has a GPADL to itself, so
+/// that there are never more open channels than this.
 pub const MAX_GPADLS: usize = 1024;
+
+/// Limit: GPADLs of one device: no more than a server takes, which would break with us otherwise.
+pub const MAX_GPADLS_PER_DEVICE: usize = vmbus::channel::MAX_GPADLS;
 
 /// Limit: pages in all GPADLs together (2 GiB of guest memory, 4 MiB of ours). Eight network devices with 64
 /// channels of two 512 KiB rings and 17 MiB of buffers each need 170 thousand.
@@ -56,6 +60,8 @@ pub enum GpadlFault {
     PageOutsideRam { gpadl: u32, page: u64 },
     #[error("too many GPADLs or pages in them")]
     TooMany,
+    #[error("GPADL {0:#x}: its device has {MAX_GPADLS_PER_DEVICE} already")]
+    TooManyOfDevice(u32),
     #[error("GPADL {gpadl:#x}: there is no channel {channel}")]
     NoSuchChannel { gpadl: u32, channel: ChannelId },
     #[error("GPADL {0:#x}: its header is too short for a range")]

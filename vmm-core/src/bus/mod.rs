@@ -52,7 +52,7 @@ use vmbus::mem::RamLayout;
 use channels::ChannelState;
 use connection::{AfterUnload, Connection, OffersAsked};
 use debts::Wait;
-use gpadls::Gpadls;
+use gpadls::{Gpadls, MAX_GPADLS};
 use offers::{Channels, Device, MAX_DEVICES, MAX_SUB_CHANNELS};
 use servers::Server;
 use tally::Tally;
@@ -74,6 +74,7 @@ const FIRST_OPEN_EPOCH: u32 = 1;
 pub struct Bus {
     vp_count: u16,
     ram: RamLayout,
+    max_open: usize,
     connection: Connection,
     devices: BTreeMap<DeviceId, Device>,
     channels: Channels,
@@ -94,6 +95,7 @@ impl Bus {
         Self {
             vp_count,
             ram,
+            max_open: MAX_GPADLS,
             connection: Connection::Disconnected,
             devices: BTreeMap::new(),
             channels: Channels::default(),
@@ -105,6 +107,12 @@ impl Bus {
             tally: Tally::default(),
             out: Vec::new(),
         }
+    }
+
+    /// Lets no more channels than these be open at once: the guest's next OPENCHANNEL is refused. Every one of them takes
+    /// descriptors in several processes.
+    pub fn limit_open_channels(&mut self, most: usize) {
+        self.max_open = most.min(MAX_GPADLS);
     }
 
     /// Adds a device, which is offered at once if the guest has asked for offers already (hot-added).
@@ -149,7 +157,7 @@ impl Bus {
         self.take_actions()
     }
 
-    /// Everything that is known, as `path = value` pairs.
+    /// Everything that is known, as `path = value` pairs; what there may be thousands of comes last.
     pub fn inspect(&self) -> Vec<(String, String)> {
         let mut entries = vec![("connection".to_owned(), self.describe_connection())];
         let mut add = |path: String, value: String| entries.push((path, value));
@@ -165,6 +173,12 @@ impl Bus {
                     entry.wanted_sub_channels, entry.offer.max_sub_channels
                 ),
             );
+        }
+        add("gpadls".to_owned(), self.gpadls.count().to_string());
+        add("gpadl_pages".to_owned(), self.gpadls.page_count().to_string());
+        add("waits".to_owned(), self.waits.len().to_string());
+        for (what, count) in self.tally.counts() {
+            add(format!("fault.{}", what.replace(' ', "_")), count.to_string());
         }
         for (channel, entry) in self.channels.iter() {
             let path = format!("channel.{channel}");
@@ -183,12 +197,6 @@ impl Bus {
                 }
             };
             add(format!("{path}.state"), state);
-        }
-        add("gpadls".to_owned(), self.gpadls.count().to_string());
-        add("gpadl_pages".to_owned(), self.gpadls.page_count().to_string());
-        add("waits".to_owned(), self.waits.len().to_string());
-        for (what, count) in self.tally.counts() {
-            add(format!("fault.{}", what.replace(' ', "_")), count.to_string());
         }
         entries
     }

@@ -429,10 +429,14 @@ impl Bus {
             );
             return;
         }
+        // Repeated, it costs next to nothing: a server may say so as often as it likes.
+        if count <= entry.wanted_sub_channels {
+            return;
+        }
         // Else it crossed with the closing of the primary.
         let primary = self.channels.find(device, 0).map(|(_, channel)| channel.state);
         if let Some(ChannelState::Open(_)) = primary {
-            entry.wanted_sub_channels = entry.wanted_sub_channels.max(count);
+            entry.wanted_sub_channels = count;
             self.offer_sub_channels(device);
         }
     }

@@ -6,6 +6,11 @@
 //! Both are made by `bulkhead-bus` when the channel is opened and outlive the servers that hold duplicates of them, so
 //! that a kick that came while no server was there is still in the counter. When the channel is closed our handles go,
 //! and with them what KVM does on a write: a server that is gone, or slow, holds eventfds that nobody listens to.
+//!
+//! A binding that KVM refuses ends the VM, because no guest can bring that about by opening channels. KVM does not count
+//! signals among the 1,000 devices that a VM may have on its port bus, but leaves their number to the limit on open files
+//! (Linux 6.1 virt/kvm/kvm_main.c kvm_io_bus_register_dev), and has no limit on interrupts; `bulkhead-bus` opens no more
+//! channels than that limit on open files has room for, and refuses the guest the next one.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -13,7 +18,8 @@ use std::os::fd::OwnedFd;
 use crate::hyperv::hypercall::signal_connection;
 use crate::kvm::{Event, KvmError, Vm};
 
-/// Limit: as many channels as there are event flags on a VP (TLFS 6.0b section 11.9).
+/// Limit: as many channels as there are event flags on a VP, flag 0 included (TLFS 6.0b section 11.9). `bulkhead-bus` never
+/// opens as many; one that says so has lost its mind.
 const MAX_CHANNELS: usize = 2048;
 
 #[derive(Debug, Default)]

@@ -6,21 +6,37 @@ use vmbus::wire::{GpadlBody, GpadlHeader, GpadlId, HostToGuest};
 
 use super::{STATUS_OK, STATUS_UNSUCCESSFUL};
 use crate::bus::Bus;
-use crate::bus::action::ChannelId;
+use crate::bus::action::{ChannelId, DeviceId};
 use crate::bus::channels::Standing;
 use crate::bus::debts::{Hold, WaitingFor};
-use crate::bus::gpadls::{GpadlClaim, GpadlFault, GpadlState, Progress};
+use crate::bus::gpadls::{GpadlClaim, GpadlFault, GpadlState, MAX_GPADLS_PER_DEVICE, Progress};
 
 impl Bus {
     pub(super) fn on_gpadl_header(&mut self, header: GpadlHeader<'_>) {
         let channel = header.channel;
         let gpadl = header.gpadl.0;
-        let begun = match self.channels.get(channel).map(|entry| entry.standing) {
-            None | Some(Standing::Released) => Err(GpadlFault::NoSuchChannel { gpadl, channel }),
-            Some(Standing::Offered | Standing::Rescinded) => GpadlClaim::parse(&header)
+        let owner = self
+            .channels
+            .get(channel)
+            .map(|entry| (entry.standing, entry.device));
+        let begun = match owner {
+            None | Some((Standing::Released, _)) => Err(GpadlFault::NoSuchChannel { gpadl, channel }),
+            Some((_, device)) if self.gpadls_of_device(device) >= MAX_GPADLS_PER_DEVICE => {
+                Err(GpadlFault::TooManyOfDevice(gpadl))
+            }
+            Some((Standing::Offered | Standing::Rescinded, _)) => GpadlClaim::parse(&header)
                 .and_then(|(claim, pages)| self.gpadls.begin(claim, pages, &self.ram)),
         };
         self.after_gpadl_part(channel, gpadl, begun);
+    }
+
+    /// How many GPADLs the channels of a device have, those that its server has not let go of included.
+    fn gpadls_of_device(&self, device: DeviceId) -> usize {
+        self.gpadls
+            .iter()
+            .filter_map(|(_, gpadl)| self.channels.get(gpadl.channel))
+            .filter(|channel| channel.device == device)
+            .count()
     }
 
     pub(super) fn on_gpadl_body(&mut self, body: GpadlBody<'_>) {

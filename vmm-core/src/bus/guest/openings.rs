@@ -36,6 +36,11 @@ impl Bus {
 
     fn open(&mut self, open: OpenChannel) -> Result<(), OpenFault> {
         let channel = open.channel;
+        let open_count = self
+            .channels
+            .iter()
+            .filter(|(_, entry)| entry.opening().is_some())
+            .count();
         let claim = OpenClaim {
             ring_gpadl: open.ring_gpadl.0,
             downstream_page_offset: open.downstream_page_offset,
@@ -47,6 +52,9 @@ impl Bus {
             .filter(|entry| entry.standing == Standing::Offered)
             .ok_or(OpenFault::NotOffered(channel))?;
         let target_vp = check_open(channel, claim, self.gpadls.get(claim.ring_gpadl), self.vp_count)?;
+        if open_count >= self.max_open && entry.opening().is_none() {
+            return Err(OpenFault::TooMany(self.max_open));
+        }
         let opening = Opening {
             open_epoch: self.next_epoch,
             ring_gpadl: claim.ring_gpadl,

@@ -9,6 +9,7 @@ use super::super::machine::MAX_POSTS_UNDER_WAY;
 use super::super::processor::Ending;
 use super::bench::Bench;
 use super::code::*;
+use crate::bus::offers::MAX_CHANNELS;
 use crate::hyperv::hypercall::signal_connection;
 use crate::hyperv::msr;
 use crate::kvm::Event;
@@ -142,6 +143,62 @@ fn a_signal_whose_input_is_in_memory_reaches_the_eventfd_of_its_channel() {
     assert!(kick.drain());
     assert_eq!([0, 1, 2].map(|index| bench.result(index)), [0, 0x12, 0x12]);
     assert_eq!(bench.exits_of("signal_miss"), 1);
+}
+
+/// Whether this process may have so many descriptors; if not, that is said.
+fn may_have(descriptors: u64) -> bool {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if maximum.is_some_and(|most| most < descriptors) {
+        println!("SKIP this host lets a process have fewer than {descriptors} open files");
+        return false;
+    }
+    if current.is_some_and(|now| now < descriptors) {
+        let current = Some(descriptors);
+        setrlimit(Resource::Nofile, Rlimit { current, maximum }).expect("below the hard limit");
+    }
+    true
+}
+
+#[test]
+fn all_channels_that_a_vm_may_ever_have_are_kicked_and_interrupt_by_eventfds_of_their_own() {
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+    use std::os::fd::AsFd;
+    // Two eventfds each, which are here and there; and the other tests' descriptors.
+    if !may_have(4 * u64::from(MAX_CHANNELS) + 1024) {
+        return;
+    }
+    let Some(mut bench) = Bench::new() else { return };
+    let event = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK).expect("eventfd");
+    let kicks_of = |channel: u32| u64::from(channel % 3 + 1);
+    let mut bound = Vec::new();
+    let mut code = Code::default().enable_hypercalls();
+    for channel in 1..=MAX_CHANNELS {
+        let (kick, interrupt) = (event(), event());
+        let bind = BusToVcpu::BindSignal { channel };
+        assert_eq!(bench.hear_from_bus(&bind, &[kick.as_fd()]), None, "{channel}");
+        let bind = BusToVcpu::BindInterrupt { channel, vp: 0 };
+        assert_eq!(
+            bench.hear_from_bus(&bind, &[interrupt.as_fd()]),
+            None,
+            "{channel}"
+        );
+        for _ in 0..kicks_of(channel) {
+            code = code.hypercall(0x1_005D, u64::from(signal_connection(channel)));
+        }
+        bound.push((channel, kick, interrupt));
+    }
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert_eq!(bench.exits_of("signal_miss"), 0, "each is bound");
+    for (channel, kick, interrupt) in bound {
+        assert_eq!(kick.read(), Ok(kicks_of(channel)), "kicks of channel {channel}");
+        interrupt.write(1).expect("written");
+        let left = interrupt.read();
+        assert!(
+            left.is_err(),
+            "KVM has not taken the interrupt of channel {channel}"
+        );
+    }
 }
 
 #[test]

@@ -1,12 +1,15 @@
 #![forbid(unsafe_code)]
 //! The real `bulkhead-bus` in its sandbox, between a played supervisor, a played `bulkhead-vcpu` and a played server.
 
+mod limits;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
+use sandbox::profile::Profile;
 use sandbox::{Child, ExitCause, Identity, Namespaces, Spawn};
 use vmbus::ipc::hello::PROTOCOL;
 use vmbus::ipc::{
@@ -31,6 +34,10 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
+        Self::with_profile(sandbox::profile::bus())
+    }
+
+    fn with_profile(profile: Profile) -> Self {
         let (ours, control) = pair().expect("a pair");
         let child = sandbox::spawn(Spawn {
             program: env!("CARGO_BIN_EXE_bulkhead-bus").into(),
@@ -41,7 +48,7 @@ impl Scene {
             lasting: None,
             stderr: None,
             identity: Identity::own(1),
-            jail: Some((sandbox::profile::bus(), sandbox::Options::default())),
+            jail: Some((profile, sandbox::Options::default())),
         });
         let (vcpu, theirs) = pair().expect("a pair");
         let mut supervisor = Socket::new(ours);
@@ -72,8 +79,12 @@ impl Scene {
 
     /// A server of a device with this number; it has said hello.
     fn add_server(&mut self, device: u32) -> Socket {
+        self.add_server_with(device, 3)
+    }
+
+    fn add_server_with(&mut self, device: u32, max_sub_channels: u16) -> Socket {
         let (ours, theirs) = pair().expect("a pair");
-        self.add_device(device, &theirs);
+        self.add_device(device, max_sub_channels, &theirs);
         let mut server = Socket::new(ours);
         let hello = ServerToBus::Hello {
             protocol: PROTOCOL,
@@ -87,20 +98,20 @@ impl Scene {
     fn add_silent_devices(&mut self, count: u32) -> OwnedFd {
         let (ours, theirs) = pair().expect("a pair");
         for device in 0..count {
-            self.add_device(device, &theirs);
+            self.add_device(device, 3, &theirs);
             let name = self.inspect(&format!("device.{device}.name"));
             assert!(name.is_some(), "device {device} is there");
         }
         ours
     }
 
-    fn add_device(&mut self, device: u32, server: &OwnedFd) {
+    fn add_device(&mut self, device: u32, max_sub_channels: u16, server: &OwnedFd) {
         let add = SupervisorToBus::AddDevice {
             device,
             name: format!("played{device}"),
             interface: Guid::from_fields(1, 2, 3, [4; 8]),
             instance: Guid::from_fields(device, 0, 0, [0; 8]),
-            max_sub_channels: 3,
+            max_sub_channels,
         };
         self.supervisor.send(&add, &[server.as_fd()]).expect("sent");
     }

@@ -184,16 +184,24 @@ impl Vm {
 
     /// Undoes [`Self::bind_vp_interrupt`].
     pub fn unbind_vp_interrupt(&self, event: &Event, vp: u16) -> Result<(), KvmError> {
-        self.fd
-            .unregister_irqfd(event.inner(), VP_GSI_BASE + u32::from(vp))
-            .map_err(KvmError::ioctl("unbind an interrupt"))
+        self.unbind_pin(event, VP_GSI_BASE + u32::from(vp))
     }
 
     /// Lets the eventfd raise a pin of the I/O APIC, as an edge.
+    ///
+    /// Quirk(Linux 6.18): an eventfd is bound once on the whole host (EBUSY), where 6.1 looked at one VM only. It has to be
+    /// unbound from one VM before the next one can have it.
     pub fn bind_pin(&self, event: &Event, pin: u32) -> Result<(), KvmError> {
         self.fd
             .register_irqfd(event.inner(), pin)
             .map_err(KvmError::ioctl("bind an interrupt"))
+    }
+
+    /// Undoes [`Self::bind_pin`].
+    pub fn unbind_pin(&self, event: &Event, pin: u32) -> Result<(), KvmError> {
+        self.fd
+            .unregister_irqfd(event.inner(), pin)
+            .map_err(KvmError::ioctl("unbind an interrupt"))
     }
 
     /// Lets the guest's signal of a connection write the eventfd, without an exit.

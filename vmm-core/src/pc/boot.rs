@@ -369,9 +369,13 @@ pub fn page_tables() -> Vec<u8> {
     [pml4, page(pdpt.collect()), page(directories.collect())].concat()
 }
 
-/// The smallest file that passes for a kernel, for tests in which another program plays `bulkhead-vcpu`: an ELF with one
-/// instruction, HLT.
+/// The smallest file that passes for a kernel, for tests in which another program plays `bulkhead-vcpu`: one HLT.
 pub fn halting_kernel() -> Vec<u8> {
+    tiny_kernel(&[0xF4])
+}
+
+/// An ELF with nothing but these instructions, for tests that run them.
+pub fn tiny_kernel(code: &[u8]) -> Vec<u8> {
     let elf = ElfHeader {
         magic: ELF_MAGIC,
         class: 2,
@@ -387,11 +391,11 @@ pub fn halting_kernel() -> Vec<u8> {
         kind: 1.into(),
         offset: ((size_of::<ElfHeader>() + size_of::<ProgramHeader>()) as u64).into(),
         physical_address: KERNEL.into(),
-        file_bytes: 1.into(),
-        memory_bytes: 1.into(),
+        file_bytes: (code.len() as u64).into(),
+        memory_bytes: (code.len() as u64).into(),
         ..ProgramHeader::new_zeroed()
     };
-    [elf.as_bytes(), program.as_bytes(), &[0xF4]].concat()
+    [elf.as_bytes(), program.as_bytes(), code].concat()
 }
 
 #[cfg(test)]

@@ -265,6 +265,7 @@ impl Control {
             let mut machine = self.shared.machine();
             machine.quiesced = None;
             machine.partition.remove_overlays()?;
+            self.hardware.power_off(&machine.partition.vm)?;
             self.hardware.memory.wipe()?;
             let on = self.hardware.power_on()?;
             machine.partition = on.partition;

@@ -13,7 +13,7 @@ use vmbus::ipc::{BootPlan, Populate};
 use super::partition::{Pages, Partition};
 use super::populate;
 use crate::hyperv::reference_tsc::ReferenceClock;
-use crate::kvm::{Event, GuestMapping, Kvm, Vcpu, Vm};
+use crate::kvm::{Event, GuestMapping, Kvm, KvmError, Vcpu, Vm};
 use crate::pc::ports::POWER_BUTTON_GSI;
 use crate::pc::serial::COM1_GSI;
 
@@ -64,6 +64,12 @@ impl Hardware {
             vcpus,
             ram_pages,
         })
+    }
+
+    /// Takes the interrupt lines from a VM that is over; the next one is to have them.
+    pub fn power_off(&self, vm: &Vm) -> Result<(), KvmError> {
+        vm.unbind_pin(&self.serial_interrupt, COM1_GSI)?;
+        vm.unbind_pin(&self.button, POWER_BUTTON_GSI)
     }
 
     /// Carries out the boot plan. The files' offsets are ours alone: nobody else reads by them.

@@ -6,7 +6,7 @@
 use crate::room::*;
 use crate::slow::{Kind, SlowDisk};
 use device_block::config::DiskConfig;
-use device_block::vsc::{Command, Room};
+use device_block::vsc::{Command, Initiator, Room};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -20,18 +20,44 @@ const BYTES: u32 = 4096;
 /// For how long the host does not answer after the death.
 const SILENCE: Duration = Duration::from_secs(2);
 
+fn disk(direct: bool) -> DiskConfig {
+    DiskConfig {
+        direct,
+        ..disk_config()
+    }
+}
+
+fn slow_disk(kind: Kind) -> Option<SlowDisk> {
+    let disk = SlowDisk::new(kind);
+    if disk.is_none() {
+        skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    }
+    disk
+}
+
+/// A slow disk, its server, and the channel to it. `None`, said aloud: it cannot be had here.
+fn served(kind: Kind, direct: bool) -> Option<(SlowDisk, Room, Initiator)> {
+    let slow = slow_disk(kind)?;
+    let mut room = room_with(disk(direct), slow.open());
+    let primary = room.open_all(0).expect("the channel opens").remove(0);
+    Some((slow, room, primary))
+}
+
+/// Sends commands, numbered from 1, and waits until the host holds them all back.
+fn send_held(slow: &SlowDisk, primary: &mut Initiator, commands: &[Command]) {
+    for (id, command) in (1..).zip(commands) {
+        primary.queue_as(command, id).expect("there is room");
+    }
+    primary.channel.flush().expect("kicked");
+    slow.wait_held(commands.len());
+}
+
 /// Writes and a read are in flight when the server is killed, and for seconds after it. A single cached write: a second one
 /// may be begun by a thread of the dying process or not, before the kill or after it.
 fn waits(kind: Kind, direct: bool) {
-    let Some(slow) = SlowDisk::new(kind) else {
-        return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    let Some((slow, mut room, mut primary)) = served(kind, direct) else {
+        return;
     };
-    let disk = DiskConfig {
-        direct,
-        ..disk_config()
-    };
-    let mut room = room_with(disk, slow.open());
-    let mut primary = room.open_all(0).expect("the channel opens").remove(0);
     let (written, read) = (
         room.guest.allocate(2).expect("there is memory"),
         room.guest.allocate(1).expect("there is memory"),
@@ -53,11 +79,7 @@ fn waits(kind: Kind, direct: bool) {
     if direct {
         commands.push(write(0, 2 << 20, second, BYTES));
     }
-    for (id, command) in (1..).zip(&commands) {
-        primary.queue_as(command, id).expect("there is room");
-    }
-    primary.channel.flush().expect("kicked");
-    slow.wait_held(commands.len());
+    send_held(&slow, &mut primary, &commands);
 
     let dying = room.child.pidfd.try_clone().expect("a duplicate");
     match direct {
@@ -144,26 +166,16 @@ fn is_free(room: &Room, disk: &OwnedFd) -> bool {
 
 /// Told to stop while a write and a read are in flight.
 fn lets_go_late(direct: bool) {
-    let Some(slow) = SlowDisk::new(Kind::Loop) else {
-        return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    let Some((slow, mut room, mut primary)) = served(Kind::Loop, direct) else {
+        return;
     };
-    let disk = DiskConfig {
-        direct,
-        ..disk_config()
-    };
-    let mut room = room_with(disk, slow.open());
-    let mut primary = room.open_all(0).expect("the channel opens").remove(0);
     let page = room.guest.allocate(2).expect("there is memory");
     slow.hold();
     let commands = [
         Command::write_durable(0, 0, page, BYTES),
         Command::read(0, 1 << 20, page, BYTES),
     ];
-    for (id, command) in (1..).zip(&commands) {
-        primary.queue_as(command, id).expect("there is room");
-    }
-    primary.channel.flush().expect("kicked");
-    slow.wait_held(2);
+    send_held(&slow, &mut primary, &commands);
     let look = slow.open();
     room.supervisor.stop().expect("told");
     for _ in 0..100 {
@@ -218,11 +230,7 @@ fn lease_ends(direct: bool, open: impl Fn() -> OwnedFd) {
     if !lease::proves_end(look.as_fd()) {
         return skip("temporary files are on a file system whose locks prove nothing");
     }
-    let disk = DiskConfig {
-        direct,
-        ..disk_config()
-    };
-    let mut room = room_with(disk, open());
+    let mut room = room_with(disk(direct), open());
     let Some(in_flight) = description(&room, &look) else {
         return skip("this user may not have a server's descriptors");
     };
@@ -242,8 +250,8 @@ fn lease_ends(direct: bool, open: impl Fn() -> OwnedFd) {
 
 #[test]
 fn the_lease_of_a_dead_server_is_held_by_its_direct_io() {
-    let Some(device) = SlowDisk::new(Kind::Loop) else {
-        return skip("no file system of a test's own can be mounted here, or no loop device be made on it");
+    let Some(device) = slow_disk(Kind::Loop) else {
+        return;
     };
     lease_ends(true, || device.open());
 }

@@ -74,6 +74,11 @@ fn open(options: ChannelOptions) -> Open {
     }
 }
 
+/// With rings of so many pages.
+fn open_with(ring_pages: u32) -> Open {
+    open(ChannelOptions { ring_pages, ..SMALL })
+}
+
 impl Open {
     fn request(&mut self) -> u64 {
         let id = self.channel.new_transaction_id();
@@ -85,6 +90,12 @@ impl Open {
         let packet = self.endpoint.receive(&mut self.buf).expect("the guest behaves")?;
         let (id, payload) = (packet.transaction_id, packet.payload);
         Some(self.endpoint.take(0, id, &[payload]).expect("a slot"))
+    }
+
+    /// Whether there is a packet to look at. It is not taken.
+    fn receives(&mut self) -> bool {
+        let received = self.endpoint.receive(&mut self.buf);
+        received.expect("the guest behaves").is_some()
     }
 
     fn is_kicked(&self) -> bool {

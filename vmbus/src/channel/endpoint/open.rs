@@ -52,19 +52,10 @@ impl Endpoint {
         journal: &Journal,
         fresh: bool,
     ) -> Result<(Self, Recovered), OpenFault> {
-        let ChannelParts {
-            to_host,
-            to_guest,
-            kick,
-            interrupt,
-            event_flags,
-            target_vp,
-            recorder,
-        } = parts;
         let view = RingView {
-            to_host_data_bytes: to_host.data_bytes(),
-            to_guest_data_bytes: to_guest.data_bytes(),
-            to_guest_write_index: to_guest.shared_write_index(),
+            to_host_data_bytes: parts.to_host.data_bytes(),
+            to_guest_data_bytes: parts.to_guest.data_bytes(),
+            to_guest_write_index: parts.to_guest.shared_write_index(),
         };
         let found = match fresh {
             true => None,
@@ -82,12 +73,12 @@ impl Endpoint {
             .map_or((0, 0), |recovery| (recovery.read_index, recovery.write_index));
         let mut endpoint = Self {
             name,
-            reader: RingReader::new(to_host, read_index)?,
-            writer: RingWriter::new(to_guest, write_index)?,
+            reader: RingReader::new(parts.to_host, read_index)?,
+            writer: RingWriter::new(parts.to_guest, write_index)?,
             journal,
-            kick,
+            kick: parts.kick,
             kick_is_nonblocking: false,
-            interrupt: Interrupt::new(event_flags, interrupt, name.channel, target_vp)?,
+            interrupt: Interrupt::new(parts.event_flags, parts.interrupt, name.channel, parts.target_vp)?,
             last_received: None,
             masked: false,
             burst: 0,
@@ -100,7 +91,7 @@ impl Endpoint {
             deferred: VecDeque::new(),
             broken: None,
             counters: EndpointCounters::default(),
-            recorder,
+            recorder: parts.recorder,
         };
         endpoint.record(EventKind::ChannelOpened, u64::from(name.open_epoch));
         // A dead predecessor may have left its mask or its wish for space set, or died between journal and ring.

@@ -34,10 +34,7 @@ fn a_request_is_answered_and_interrupts_once_with_its_flag() {
 
 #[test]
 fn a_guest_in_a_burst_is_asked_to_kick_again_when_it_pauses() {
-    let mut open = open(ChannelOptions {
-        ring_pages: 32,
-        ..SMALL
-    });
+    let mut open = open_with(32);
     for _ in 0..2 {
         for _ in 0..100 {
             open.channel.send_in_band(0, false, &[&[0; 64]]).expect("room");
@@ -45,12 +42,7 @@ fn a_guest_in_a_burst_is_asked_to_kick_again_when_it_pauses() {
         open.channel.flush().expect("flush");
         assert!(open.is_kicked());
         open.endpoint.drain_kick().expect("a kick");
-        while open
-            .endpoint
-            .receive(&mut open.buf)
-            .expect("good packets")
-            .is_some()
-        {
+        while open.receives() {
             open.endpoint.consume();
         }
         assert_eq!(open.endpoint.prepare_sleep(), Ok(false));
@@ -64,12 +56,7 @@ fn a_guest_that_waits_for_room_is_interrupted_when_there_is_enough() {
     while open.channel.send_in_band(0, false, &[&[0; 480]]).is_ok() {}
     open.channel.flush().expect("flush");
     assert_eq!(open.channel.wait_room(504, Instant::now()), Ok(false));
-    while open
-        .endpoint
-        .receive(&mut open.buf)
-        .expect("good packets")
-        .is_some()
-    {
+    while open.receives() {
         open.endpoint.consume();
     }
     open.endpoint.commit_taken().expect("the guest behaves");
@@ -79,10 +66,7 @@ fn a_guest_that_waits_for_room_is_interrupted_when_there_is_enough() {
 
 #[test]
 fn at_queue_depth_32_there_is_less_than_one_interrupt_for_two_completions() {
-    let mut open = open(ChannelOptions {
-        ring_pages: 32,
-        ..SMALL
-    });
+    let mut open = open_with(32);
     let (mut in_flight, mut completed) = (Vec::new(), 0u64);
     for _ in 0..32 {
         open.request();
@@ -239,12 +223,7 @@ fn a_packet_put_back_does_not_keep_the_server_awake_until_something_was_answered
     let second = open.request();
     open.channel.flush().expect("flush");
     let first = open.take().expect("a packet");
-    assert!(
-        open.endpoint
-            .receive(&mut open.buf)
-            .expect("the guest behaves")
-            .is_some()
-    );
+    assert!(open.receives());
     open.endpoint.put_back();
     assert_eq!(open.endpoint.prepare_sleep(), Ok(false));
     open.endpoint.complete(first, &[]).expect("the guest behaves");
@@ -256,10 +235,7 @@ fn a_packet_put_back_does_not_keep_the_server_awake_until_something_was_answered
 
 #[test]
 fn requests_beyond_the_slots_stay_in_the_ring_and_too_long_ones_are_refused() {
-    let mut open = open(ChannelOptions {
-        ring_pages: 64,
-        ..SMALL
-    });
+    let mut open = open_with(64);
     let mut tokens = Vec::new();
     let mut taken = 0;
     for _ in 0..=SLOT_COUNT {
@@ -301,10 +277,7 @@ fn requests_beyond_the_slots_stay_in_the_ring_and_too_long_ones_are_refused() {
 
 #[test]
 fn held_packets_leave_half_of_the_slots_to_requests() {
-    let mut open = open(ChannelOptions {
-        ring_pages: 64,
-        ..SMALL
-    });
+    let mut open = open_with(64);
     let mut held = Vec::new();
     for id in 0..u64::from(MAX_HELD) {
         held.push(
@@ -321,12 +294,7 @@ fn held_packets_leave_half_of_the_slots_to_requests() {
     open.endpoint.publish().expect("the guest behaves");
     open.channel.complete(0, &[]).expect("room");
     open.channel.flush().expect("flush");
-    assert!(
-        open.endpoint
-            .receive(&mut open.buf)
-            .expect("the guest behaves")
-            .is_some()
-    );
+    assert!(open.receives());
     open.endpoint.release(held.remove(0)).expect("the guest behaves");
     assert_eq!(
         open.endpoint.held(),

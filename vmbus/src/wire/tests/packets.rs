@@ -59,14 +59,7 @@ proptest! {
         let mut header = vec![1, 2, 3];
         transfer_pages_header(set, &ranges, &mut header);
         header.resize(header.len() + spare * 8, 0xEE);
-        let out = OutPacket {
-            kind: PacketKind::TRANSFER_PAGES,
-            transaction_id: 1,
-            completion_requested: true,
-            extra_header: &header,
-            payload: &[],
-        };
-        let bytes = flat(&out);
+        let bytes = with_header(PacketKind::TRANSFER_PAGES, &header, &[]);
         let pages = Packet::parse(&bytes).expect("well-formed").transfer_pages().expect("well-formed");
         prop_assert_eq!(pages.page_set_id, set);
         prop_assert_eq!(pages.ranges().collect::<Vec<_>>(), ranges);
@@ -85,6 +78,17 @@ fn flat(out: &OutPacket<'_>) -> Vec<u8> {
     out.payload.iter().for_each(|part| bytes.extend_from_slice(part));
     bytes.resize(bytes.len().next_multiple_of(8), 0);
     bytes
+}
+
+/// A packet with a header of its kind, as one byte string.
+fn with_header(kind: PacketKind, extra_header: &[u8], payload: &[u8]) -> Vec<u8> {
+    flat(&OutPacket {
+        kind,
+        transaction_id: 1,
+        completion_requested: true,
+        extra_header,
+        payload: &[payload],
+    })
 }
 
 /// Two regions with a hole, the second one first in the file.
@@ -165,14 +169,7 @@ proptest! {
         header.extend(emit_claims(&claims));
         // Quirk(Linux storvsc before 6.1): more header than the ranges use.
         header.resize(header.len() + spare8 * 8, 0xFF);
-        let out = OutPacket {
-            kind: PacketKind::GPA_DIRECT,
-            transaction_id: 0,
-            completion_requested: true,
-            extra_header: &header,
-            payload: &[b"payload."],
-        };
-        let bytes = flat(&out);
+        let bytes = with_header(PacketKind::GPA_DIRECT, &header, b"payload.");
         let direct = Packet::parse(&bytes).expect("well-formed").gpa_direct().expect("complete ranges");
 
         // Byte by byte.
@@ -249,14 +246,7 @@ fn ranges_beyond_the_last_pfn_are_not_looked_for_in_the_spare_header() {
     // One range of one page in a header sized for four.
     let mut header = gpa_direct_header(&[(Gpa(0x3000), 512)]);
     header.resize(header.len() + 24, 0);
-    let out = OutPacket {
-        kind: PacketKind::GPA_DIRECT,
-        transaction_id: 1,
-        completion_requested: true,
-        extra_header: &header,
-        payload: &[&[0; 64]],
-    };
-    let bytes = flat(&out);
+    let bytes = with_header(PacketKind::GPA_DIRECT, &header, &[0; 64]);
     let direct = Packet::parse(&bytes)
         .expect("well-formed")
         .gpa_direct()

@@ -7,7 +7,7 @@ use vmbus::ipc::{BusToVcpu, VcpuToBus};
 
 use super::super::machine::MAX_POSTS_UNDER_WAY;
 use super::super::processor::Ending;
-use super::bench::Bench;
+use super::bench::{Bench, skip};
 use super::code::*;
 use crate::bus::offers::MAX_CHANNELS;
 use crate::hyperv::hypercall::signal_connection;
@@ -150,7 +150,9 @@ fn may_have(descriptors: u64) -> bool {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if maximum.is_some_and(|most| most < descriptors) {
-        println!("SKIP this host lets a process have fewer than {descriptors} open files");
+        skip(&format!(
+            "this host lets a process have fewer than {descriptors} open files"
+        ));
         return false;
     }
     if current.is_some_and(|now| now < descriptors) {

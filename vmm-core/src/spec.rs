@@ -16,7 +16,9 @@ use vmbus::ipc::{OnReset, Populate};
 
 pub use device::{CacheMode, DiskSource, DiskSpec, NetBackend, NetSpec};
 pub use file::{FileError, read_file};
-pub use value::{Console, Mac, Name, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus};
+pub use value::{
+    Console, LogFilter, Mac, Name, OnCrash, OnResetWord, PopulateWord, Restart, Seconds, Size, Vcpus,
+};
 
 /// Default patience with a server, or the control plane, that does not answer. Generous: on a host that is short of processors a server in
 /// order may wait for its turn, and to kill it would help nobody.
@@ -55,7 +57,7 @@ pub struct VmSpec {
     pub patience_seconds: u32,
     pub populate: Populate,
     pub require_full_sandbox: bool,
-    /// What the processes of the VM log, for example `info` or `info,storvsp=debug`.
+    /// What the processes of the VM log, for example `info` or `info,device_block=debug`.
     pub log: String,
 }
 
@@ -69,20 +71,20 @@ pub struct Draft {
     pub cmdline: Option<String>,
     pub memory: Option<Size>,
     pub vcpus: Option<Vcpus>,
-    #[serde(default, rename = "disk")]
+    #[serde(default, rename = "disk", deserialize_with = "value::tables")]
     pub disks: Vec<DiskSpec>,
-    #[serde(default, rename = "net")]
+    #[serde(default, rename = "net", deserialize_with = "value::tables")]
     pub nets: Vec<NetSpec>,
     pub console: Option<Console>,
     #[serde(default, deserialize_with = "value::by_text_option")]
     pub on_reset: Option<value::OnResetWord>,
     pub on_crash: Option<OnCrash>,
     pub restart: Option<Restart>,
-    pub patience: Option<u32>,
+    pub patience: Option<Seconds>,
     #[serde(default, deserialize_with = "value::by_text_option")]
     pub populate: Option<value::PopulateWord>,
     pub require_full_sandbox: Option<bool>,
-    pub log: Option<String>,
+    pub log: Option<LogFilter>,
 }
 
 /// Why a draft is no VM. One sentence each.
@@ -158,10 +160,10 @@ impl Draft {
             on_reset: self.on_reset.unwrap_or_default().0,
             on_crash: self.on_crash.unwrap_or_default(),
             restart: self.restart.unwrap_or_default(),
-            patience_seconds: self.patience.unwrap_or(PATIENCE_SECONDS),
+            patience_seconds: self.patience.map_or(PATIENCE_SECONDS, |patience| patience.0),
             populate: self.populate.unwrap_or_default().0,
             require_full_sandbox: self.require_full_sandbox.unwrap_or(false),
-            log: self.log.unwrap_or_else(|| "warn".to_owned()),
+            log: self.log.map_or_else(|| "warn".to_owned(), |log| log.0),
         })
     }
 }
@@ -239,7 +241,7 @@ mod tests {
     fn flags_win_and_their_devices_come_last() {
         let file = Draft {
             memory: Some(Size(1 << 30)),
-            log: Some("debug".to_owned()),
+            log: Some("debug".parse().expect("a filter")),
             disks: vec!["a.img".parse().expect("a disk")],
             ..draft()
         };
@@ -250,7 +252,7 @@ mod tests {
         };
         let both = file.overridden_by(flags);
         assert_eq!(both.memory, Some(Size(64 << 20)));
-        assert_eq!(both.log.as_deref(), Some("debug"));
+        assert_eq!(both.log, Some("debug".parse().expect("a filter")));
         let sources: Vec<_> = both.disks.iter().map(|disk| disk.source.clone()).collect();
         assert_eq!(
             sources,

@@ -84,7 +84,7 @@ enum Command {
     Inspect {
         /// The VM's name
         vm: Name,
-        /// Show only what begins with this, for example vcpu.bus or disk0
+        /// Show only what begins with this, for example bus or disk0
         path: Option<String>,
     },
     /// End a running VM at once, or press its power button
@@ -114,6 +114,7 @@ enum Command {
         /// The VM's name
         vm: Name,
         /// The report's number
+        #[arg(value_parser = report_number)]
         number: Option<u64>,
         /// Where the folders of VMs are
         #[arg(long, value_name = "FOLDER", hide = true)]
@@ -167,6 +168,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+fn report_number(text: &str) -> Result<u64, String> {
+    text.parse()
+        .map_err(|_| "it is no number of a crash report: without one they are listed".to_owned())
+}
+
 /// Where the other programs are: beside this one.
 fn programs() -> std::io::Result<PathBuf> {
     let this = std::env::current_exe()?;
@@ -206,6 +212,8 @@ mod tests {
                 "cannot be used multiple times",
             ),
             (&["--on-crash", "explode"], "say report or exit"),
+            (&["--patience", "x"], "\"x\" is no number of seconds"),
+            (&["--log", "ifno"], "\"ifno\" is nothing that can be logged"),
             (&["--restart", "never"], "say careful, always or or-end"),
             (&["--name", "../x"], "is no name for a VM"),
         ] {

@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::programs;
 use crate::spec::{
-    Console, DiskSpec, Draft, Name, NetSpec, OnCrash, OnResetWord, PopulateWord, Restart, Size, Vcpus,
-    VmSpec, read_file,
+    Console, DiskSpec, Draft, LogFilter, Name, NetSpec, OnCrash, OnResetWord, PopulateWord, Restart, Seconds,
+    Size, Vcpus, VmSpec, read_file,
 };
 use crate::supervisor::report::{Outcome, say};
 use crate::supervisor::{self, Options, folder, keeper};
@@ -63,16 +63,16 @@ pub(super) struct RunArgs {
     restart: Option<Restart>,
     /// Seconds after which a server, or bulkhead-bus, that does not answer is taken for dead; 0: never [default: 5]
     #[arg(long, value_name = "SECONDS")]
-    patience: Option<u32>,
+    patience: Option<Seconds>,
     /// Whether to fault in the guest's memory at the start: auto, never or always [default: auto]
     #[arg(long, value_name = "WHEN")]
     populate: Option<PopulateWord>,
     /// Fail if this host lacks anything that the sandboxes of the processes want
     #[arg(long)]
     require_full_sandbox: bool,
-    /// What the processes log, for example info or info,storvsp=debug [default: warn]
+    /// What the processes log, for example info or info,device_block=debug [default: warn]
     #[arg(long, value_name = "FILTER")]
-    log: Option<String>,
+    log: Option<LogFilter>,
     /// If a VM of this name runs without a supervisor, adopt it instead (for service managers)
     #[arg(long)]
     adopt: bool,

@@ -70,6 +70,8 @@ pub enum BootError {
     ReadKernel(io::Error),
     #[error("the kernel is neither a bzImage nor an ELF vmlinux for x86-64: {0}")]
     Kernel(&'static str),
+    #[error("the kernel's file has been cut off: copy it again")]
+    Incomplete,
     #[error("the kernel is a bzImage without a 64-bit entry point")]
     No64BitEntry,
     #[error(
@@ -174,7 +176,7 @@ struct Kernel {
 
 fn read_kernel(file: &File, ram_end: u64) -> Result<Kernel, BootError> {
     let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, 0).map_err(BootError::ReadKernel)?;
+    read_exact(file, &mut magic, 0)?;
     let kernel = if magic == ELF_MAGIC {
         read_elf(file)?
     } else {
@@ -230,10 +232,18 @@ struct ProgramHeader {
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 
+fn read_exact(kernel: &File, bytes: &mut [u8], at: u64) -> Result<(), BootError> {
+    kernel
+        .read_exact_at(bytes, at)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => BootError::Kernel("the file is too short"),
+            _ => BootError::ReadKernel(error),
+        })
+}
+
 fn read_elf(file: &File) -> Result<Kernel, BootError> {
     let mut elf = ElfHeader::new_zeroed();
-    file.read_exact_at(elf.as_mut_bytes(), 0)
-        .map_err(BootError::ReadKernel)?;
+    read_exact(file, elf.as_mut_bytes(), 0)?;
     if (elf.class, elf.data, elf.machine.get()) != (2, 1, 62) {
         return Err(BootError::Kernel("the ELF file is of another architecture"));
     }
@@ -243,13 +253,21 @@ fn read_elf(file: &File) -> Result<Kernel, BootError> {
         ));
     }
     let mut programs = vec![ProgramHeader::new_zeroed(); elf.program_header_count.get().into()];
-    file.read_exact_at(programs.as_mut_bytes(), elf.program_headers.get())
-        .map_err(BootError::ReadKernel)?;
+    read_exact(file, programs.as_mut_bytes(), elf.program_headers.get())?;
+    let length = file.metadata().map_err(BootError::ReadKernel)?.len();
     let (mut segments, mut end) = (Vec::new(), 0);
     for program in programs.iter().filter(|program| program.kind.get() == 1) {
         let gpa = program.physical_address.get();
-        end = end.max(gpa.saturating_add(program.memory_bytes.get()));
+        let bytes = program.memory_bytes.get().max(program.file_bytes.get());
+        end = end.max(gpa.saturating_add(bytes));
         if program.file_bytes.get() > 0 {
+            if gpa < HIGH_MEMORY {
+                return Err(BootError::Kernel("the ELF file is no kernel"));
+            }
+            let file_end = program.offset.get().checked_add(program.file_bytes.get());
+            if file_end.is_none_or(|end| end > length) {
+                return Err(BootError::Incomplete);
+            }
             segments.push(BootSegment {
                 file: KERNEL_FILE,
                 offset: program.offset.get(),
@@ -280,8 +298,7 @@ fn read_elf(file: &File) -> Result<Kernel, BootError> {
 
 fn read_bzimage(file: &File) -> Result<Kernel, BootError> {
     let mut header = setup_header::default();
-    file.read_exact_at(header.as_mut_slice(), HEADER_OFFSET)
-        .map_err(|_| BootError::Kernel("the file is too short"))?;
+    read_exact(file, header.as_mut_slice(), HEADER_OFFSET)?;
     if header.header != HEADER_MAGIC || header.loadflags & LOADED_HIGH == 0 {
         return Err(BootError::Kernel("it lacks a bzImage's header"));
     }
@@ -294,9 +311,11 @@ fn read_bzimage(file: &File) -> Result<Kernel, BootError> {
     };
     let offset = (setup_sectors + 1) * 512;
     let length = file.metadata().map_err(BootError::ReadKernel)?.len();
-    let bytes = length
-        .checked_sub(offset)
-        .ok_or(BootError::Kernel("the file is too short"))?;
+    let bytes = length.checked_sub(offset).ok_or(BootError::Incomplete)?;
+    // Units of 16 bytes (boot.rst).
+    if bytes < u64::from(header.syssize) * 16 {
+        return Err(BootError::Incomplete);
+    }
     header.type_of_loader = LOADER_UNDEFINED;
     header.code32_start = KERNEL as u32;
     let needed = bytes.max(header.init_size.into());
@@ -561,11 +580,33 @@ mod tests {
             vec![0; 4096],
             b"\x7fELF".to_vec(),
         ] {
-            refused(&boot(&file(&content), None, ""), 64 * MIB);
+            let error = refused(&boot(&file(&content), None, ""), 64 * MIB);
+            assert!(matches!(error, BootError::Kernel(_)), "{error}");
         }
         let no_entry = file(&bzimage(0, 1 << 20, 4096));
         let error = refused(&boot(&no_entry, None, ""), 64 * MIB);
         assert!(matches!(error, BootError::No64BitEntry));
+    }
+
+    #[test]
+    fn a_kernel_that_was_cut_off_is_refused() {
+        let mut image = bzimage(XLF_KERNEL_64, 1 << 20, 4096);
+        image[0x1F4..0x1F8].copy_from_slice(&(4096_u32 / 16).to_le_bytes());
+        carried_out(&boot(&file(&image), None, ""), 64 * MIB);
+        for whole in [image, tiny_kernel(&[0xF4; 8])] {
+            let cut = file(&whole[..whole.len() - 1]);
+            let error = refused(&boot(&cut, None, ""), 64 * MIB);
+            assert!(matches!(error, BootError::Incomplete), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_elf_that_would_lie_where_the_boot_data_are_is_refused() {
+        let mut low = halting_kernel();
+        let address = size_of::<ElfHeader>() + 24;
+        low[address..address + 8].copy_from_slice(&BOOT_PARAMS.to_le_bytes());
+        let error = refused(&boot(&file(&low), None, ""), 64 * MIB);
+        assert!(matches!(error, BootError::Kernel(_)), "{error}");
     }
 
     #[test]

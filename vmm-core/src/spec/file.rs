@@ -2,7 +2,7 @@
 //! A description in a TOML file. Mistakes are named with file, line and column.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use super::value::Console;
@@ -33,11 +33,13 @@ pub fn read_file(path: &Path) -> Result<Draft, FileError> {
         path: path.to_owned(),
         error,
     };
-    let length = fs::metadata(path).map_err(read_error)?.len();
-    if length > MAX_FILE_BYTES {
+    let mut text = String::new();
+    // Of a device or a pipe nobody knows how long it is.
+    let file = fs::File::open(path).map_err(read_error)?;
+    let read = file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text);
+    if read.map_err(read_error)? as u64 > MAX_FILE_BYTES {
         return Err(FileError::TooLong(path.to_owned()));
     }
-    let text = fs::read_to_string(path).map_err(read_error)?;
     let mut draft = parse(path, &text)?;
     let folder = path.parent().unwrap_or(Path::new(""));
     for file in [&mut draft.kernel, &mut draft.initrd].into_iter().flatten() {
@@ -146,6 +148,26 @@ mod tests {
             ("name = \"a\"\nname = \"b\"\n", "vm.toml:2:1", "duplicate key"),
             ("on-reset = \"x\"\n", "vm.toml:1:12", "reset or exit"),
             ("kernel = \n", "vm.toml:1:", ""),
+            (
+                "memory = 512\n",
+                "vm.toml:1:10",
+                "\"512\" is no size: say a number and K",
+            ),
+            (
+                "[disk]\npath = \"a\"\n",
+                "vm.toml:1:1",
+                "[[disk]], [[net]], with two brackets",
+            ),
+            (
+                "patience = -1\n",
+                "vm.toml:1:12",
+                "\"-1\" is no number of seconds",
+            ),
+            (
+                "log = \"storvsp=debug\"\n",
+                "vm.toml:1:7",
+                "a module of device_block",
+            ),
         ] {
             let said = mistake(text);
             assert!(said.starts_with(at) && said.contains(part), "{text:?}: {said}");
@@ -162,6 +184,14 @@ mod tests {
         assert_eq!(draft.kernel, Some(folder.path().join("k")));
         assert_eq!(draft.initrd, Some("/i".into()));
         assert_eq!(draft.disks[0].source, DiskSource::Path(folder.path().join("d")));
+    }
+
+    #[test]
+    fn what_has_no_end_is_no_description() {
+        let error = read_file(Path::new("/dev/zero"))
+            .expect_err("endless")
+            .to_string();
+        assert_eq!(error, "/dev/zero is longer than a description of a VM can be");
     }
 
     #[test]

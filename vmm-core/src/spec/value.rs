@@ -3,9 +3,11 @@
 //! has the same sentence in both.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmbus::ipc::{OnReset, Populate};
 
@@ -58,6 +60,14 @@ pub enum Restart {
     /// As [`Restart::Careful`], but the VM ends where a device would be held.
     OrEnd,
 }
+
+/// A number of seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seconds(pub u32);
+
+/// What the processes log: a level, or levels of modules, as `tracing_subscriber`'s `Targets` reads them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogFilter(pub String);
 
 /// [`OnReset`] as a word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -203,6 +213,43 @@ impl FromStr for Mac {
     }
 }
 
+impl FromStr for Seconds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.parse().map(Seconds);
+        number.map_err(|_| format!("{text:?} is no number of seconds: say a whole number, 0 or more"))
+    }
+}
+
+/// Programs and libraries whose modules log.
+const LOGGING: [&str; 5] = ["device_block", "device_net", "sandbox", "vmbus", "vmm_core"];
+
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+impl FromStr for LogFilter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_level = |word: &str| LEVELS.contains(&word.to_ascii_lowercase().as_str());
+        for item in text.split(',') {
+            let (module, level) = match item.split_once('=') {
+                Some((module, level)) => (Some(module), level),
+                None => (None, item),
+            };
+            let is_module = |module: &str| LOGGING.contains(&module.split("::").next().unwrap_or_default());
+            if !is_level(level) || !module.is_none_or(is_module) {
+                return Err(format!(
+                    "{item:?} is nothing that can be logged: say a level ({}), or MODULE=LEVEL with a module of {}",
+                    LEVELS.join(", "),
+                    LOGGING.join(", ")
+                ));
+            }
+        }
+        Ok(LogFilter(text.to_owned()))
+    }
+}
+
 impl FromStr for Console {
     type Err = String;
 
@@ -292,14 +339,59 @@ impl FromStr for PopulateWord {
     }
 }
 
-/// Reads a value from a string of the file by its `FromStr`.
+/// Reads a value of the file by its `FromStr`: one in quotes, or a number without, so that a forgotten unit has the same
+/// sentence as in a flag.
 fn by_text<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
     T: FromStr<Err = String>,
 {
-    let text = String::deserialize(deserializer)?;
-    text.parse().map_err(serde::de::Error::custom)
+    struct Text<T>(PhantomData<T>);
+    impl<T: FromStr<Err = String>> Visitor<'_> for Text<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a value in quotes")
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<T, E> {
+            text.parse().map_err(E::custom)
+        }
+
+        fn visit_i64<E: Error>(self, number: i64) -> Result<T, E> {
+            number.to_string().parse().map_err(E::custom)
+        }
+    }
+    // What we write down ourselves says no types, and is text.
+    match deserializer.is_human_readable() {
+        true => deserializer.deserialize_any(Text(PhantomData)),
+        false => deserializer.deserialize_str(Text(PhantomData)),
+    }
+}
+
+/// The tables `[[disk]]` or `[[net]]`.
+pub(super) fn tables<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Tables<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Tables<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("tables, as there may be several: [[disk]], [[net]], with two brackets")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut tables: A) -> Result<Vec<T>, A::Error> {
+            let mut read = Vec::new();
+            while let Some(table) = tables.next_element()? {
+                read.push(table);
+            }
+            Ok(read)
+        }
+    }
+    deserializer.deserialize_any(Tables(PhantomData))
 }
 
 /// The same for a field that may be absent.
@@ -321,13 +413,11 @@ macro_rules! read_by_text {
     )*};
 }
 
-read_by_text!(Name, Size, Mac, Console, OnCrash, Restart);
+read_by_text!(Name, Size, Mac, Console, OnCrash, Restart, Seconds, LogFilter);
 
 impl<'de> Deserialize<'de> for Vcpus {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        i64::deserialize(deserializer)?
-            .try_into()
-            .map_err(serde::de::Error::custom)
+        i64::deserialize(deserializer)?.try_into().map_err(Error::custom)
     }
 }
 
@@ -419,6 +509,30 @@ mod tests {
         assert_eq!("64".parse::<Vcpus>().map(Vcpus::get), Ok(64));
         for text in ["0", "65", "-1", "65537", "two", ""] {
             assert!(text.parse::<Vcpus>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_log_filter_names_levels_and_modules_that_there_are() {
+        for text in [
+            "warn",
+            "INFO",
+            "info,device_block=debug",
+            "vmm_core::run=trace,off",
+        ] {
+            assert!(text.parse::<LogFilter>().is_ok(), "{text:?}");
+        }
+        for text in [
+            "",
+            "ifno",
+            "info,",
+            "storvsp=debug",
+            "device_block=loud",
+            "device_blocks=info",
+            "=",
+        ] {
+            let said = text.parse::<LogFilter>().expect_err(text);
+            assert!(said.contains("say a level (off, error"), "{said}");
         }
     }
 

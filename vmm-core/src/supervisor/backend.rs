@@ -147,7 +147,12 @@ fn open_disk(path: &Path, read_only: bool) -> Result<Held> {
         .read(true)
         .custom_flags(libc::O_PATH)
         .open(path)
-        .with_context(|| format!("cannot open the disk {shown}"))?;
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => {
+                anyhow!("there is no disk {shown}: `truncate -s 10G {shown}` makes an empty one of 10 GiB")
+            }
+            _ => anyhow!("cannot open the disk {shown}: {error}"),
+        })?;
     let metadata = named
         .metadata()
         .with_context(|| format!("cannot look at the disk {shown}"))?;
@@ -160,7 +165,7 @@ fn open_disk(path: &Path, read_only: bool) -> Result<Held> {
     }
     if kind.is_file() && metadata.len() < 512 {
         bail!(
-            "the disk {shown} is {} bytes long: it has no sector",
+            "the disk {shown} is {} bytes long, and a disk has 512 or more: `truncate -s 10G {shown}` makes it larger",
             metadata.len()
         );
     }
@@ -321,10 +326,31 @@ pub fn open_kvm() -> Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// Opens the file that the console is written to; made or emptied.
+pub fn open_console(path: &Path) -> Result<File> {
+    let shown = path.display();
+    // Without waiting, as above; and a terminal does not become ours.
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::ENXIO) => anyhow!("cannot write the console to {shown}: nobody reads that pipe yet"),
+            _ => anyhow!("cannot write the console to {shown}: {error}"),
+        })
+}
+
 /// Opens a kernel or an initrd.
 pub fn open_image(what: &str, path: &Path) -> Result<File> {
     let shown = path.display();
-    let file = File::open(path).with_context(|| format!("cannot open the {what} {shown}"))?;
+    // Without waiting: a pipe that nobody writes would hold us for ever, and nothing ends us here.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .with_context(|| format!("cannot open the {what} {shown}"))?;
     let metadata = file
         .metadata()
         .with_context(|| format!("cannot look at the {what} {shown}"))?;
@@ -356,9 +382,20 @@ mod tests {
         assert!(refused(&empty).contains("0 bytes long"));
         let absent = refused(&folder.path().join("absent"));
         assert!(
-            absent.starts_with("cannot open the disk ") && absent.contains("No such file"),
+            absent.starts_with("there is no disk ") && absent.contains("truncate"),
             "{absent}"
         );
+    }
+
+    #[test]
+    fn pipes_that_nobody_serves_are_refused_at_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let pipe = folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let kernel = open_image("kernel", &pipe).expect_err("refused").to_string();
+        assert!(kernel.ends_with("is not a regular file"), "{kernel}");
+        let console = open_console(&pipe).expect_err("refused").to_string();
+        assert!(console.ends_with("nobody reads that pipe yet"), "{console}");
     }
 
     #[test]

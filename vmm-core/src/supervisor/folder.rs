@@ -92,8 +92,7 @@ impl Folder {
                 ));
             }
             clear(&path).with_context(|| format!("cannot clear {}", path.display()))?;
-            lock.set_len(0)?;
-            writeln!(lock, "{}", std::process::id())?;
+            claim(&mut lock, &lock_path)?;
             // Best effort: a folder too many harms nobody.
             let _ = forget_ended(base);
             return Ok(Folder { path, lock });
@@ -107,9 +106,8 @@ impl Folder {
         let lock = Flock::lock(File::from(lock), FlockArg::LockExclusiveNonblock);
         let mut lock =
             lock.map_err(|(_, errno)| anyhow!("cannot lock {}: {}", path.display(), errno.desc()))?;
-        lock.set_len(0)?;
         lock.rewind()?;
-        writeln!(lock, "{}", std::process::id())?;
+        claim(&mut lock, &path.join(LOCK))?;
         Ok(Folder { path, lock })
     }
 
@@ -131,6 +129,14 @@ impl Drop for Folder {
         // Only if nothing is left in it.
         let _ = fs::remove_dir(&self.path);
     }
+}
+
+/// Says whose the folder is now.
+fn claim(lock: &mut File, path: &Path) -> Result<()> {
+    let said = lock
+        .set_len(0)
+        .and_then(|()| writeln!(lock, "{}", std::process::id()));
+    said.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

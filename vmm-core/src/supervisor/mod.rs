@@ -271,7 +271,8 @@ impl Supervisor {
             &spec.cmdline,
             spec.vcpus.get(),
             spec.memory.0,
-        )?;
+        )
+        .with_context(|| format!("cannot boot {}", spec.kernel.display()))?;
         machine.push(("kvm", backend::open_kvm()?));
         let (to_bus, to_vcpu) = pair().context("cannot make a socket pair")?;
         machine.push(("bus", to_bus));
@@ -423,11 +424,7 @@ fn console_out(console: &Console) -> Result<OwnedFd> {
     match console {
         Console::Stdio => console::output().context("cannot duplicate standard output"),
         Console::None => Ok(std::fs::OpenOptions::new().write(true).open("/dev/null")?.into()),
-        Console::File(path) => {
-            let file = std::fs::File::create(path);
-            let file = file.with_context(|| format!("cannot write the console to {}", path.display()))?;
-            Ok(file.into())
-        }
+        Console::File(path) => Ok(backend::open_console(path)?.into()),
     }
 }
 

@@ -369,6 +369,8 @@ fn mistakes_of_a_person_are_one_sentence() {
     let wrong = place.path("wrong.toml").display().to_string();
     let folder = place.folder.path().display().to_string();
     std::fs::write(place.path("disk"), [0; 4096]).expect("written");
+    let pipe = place.path("pipe").display().to_string();
+    nix::unistd::mkfifo(pipe.as_str(), nix::sys::stat::Mode::S_IRWXU).expect("made");
     let disk = place.path("disk").display().to_string();
     for (args, status, sentence) in [
         (
@@ -392,10 +394,16 @@ fn mistakes_of_a_person_are_one_sentence() {
             1,
             "is a folder: a raw file or a block device is needed",
         ),
+        (&["--initrd", &pipe], 1, "the initrd PIPE is not a regular file"),
+        (
+            &["--console", &format!("file={pipe}")],
+            1,
+            "cannot write the console to PIPE: nobody reads that pipe yet",
+        ),
         (
             &["--disk", "path=/nonexistent"],
             1,
-            "cannot open the disk /nonexistent: No such file",
+            "there is no disk /nonexistent: `truncate",
         ),
         (
             &[
@@ -419,7 +427,7 @@ fn mistakes_of_a_person_are_one_sentence() {
         ),
     ] {
         let ended = place.run(args);
-        ended.expect(status, sentence);
+        ended.expect(status, &sentence.replace("PIPE", &pipe));
         if status == 1 {
             assert_eq!(ended.stderr.lines().count(), 1, "{:?}", ended.stderr);
         }

@@ -8,7 +8,7 @@ use super::*;
 use crate::bus::gpadls::{MAX_GPADL_PAGES, MAX_GPADLS};
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     Contact {
         version: u32,
         target_vp: u32,
@@ -117,7 +117,7 @@ fn server_message() -> impl Strategy<Value = ServerToBus> {
     ]
 }
 
-fn step() -> impl Strategy<Value = Step> {
+pub(super) fn step() -> impl Strategy<Value = Step> {
     let version =
         prop_oneof![6 => Just(0x50003u32), 2 => Just(0x40000), 1 => Just(0x60000), 1 => any::<u32>()];
     prop_oneof![
@@ -153,7 +153,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn apply(world: &mut World, step: Step) {
+pub(super) fn apply(world: &mut World, step: Step) {
     match step {
         Step::Contact { version, target_vp } => world.contact(Version(version), target_vp),
         Step::RequestOffers => world.guest(GuestToHost::RequestOffers),

@@ -350,13 +350,14 @@ impl Supervisor {
         };
         let (device, generation) = (room.plan.device, room.generation);
         let gone = SupervisorToBus::ServerGone { device, generation };
-        match &room.server {
+        match &mut room.server {
             Server::Running { process, ready, .. } => {
                 let ready = *ready;
                 if !process.introduced {
                     return self.kill_server(index, generation, DISOWNED);
                 }
                 if !ready {
+                    ask_whether_ready(process);
                     let room = index;
                     let overdue = Timer::ReadyOverdue { room, generation };
                     self.timers.set(now + START_DEADLINE, overdue);
@@ -396,16 +397,23 @@ impl Supervisor {
         let Some(successor) = &mut room.successor else {
             return;
         };
+        let is_prepared = successor.is_prepared();
         if !successor.process.introduced {
             successor.blame(DISOWNED);
             successor.process.kill();
-        } else if is_last_hope || (room.plan.standby && room.swap.is_none()) {
-            if !successor.is_prepared() {
+        } else if is_last_hope {
+            if !is_prepared {
+                ask_whether_ready(&mut successor.process);
                 let overdue = Timer::ReadyOverdue {
                     room: index,
                     generation: successor.generation,
                 };
                 self.timers.set(now + START_DEADLINE, overdue);
+            }
+        } else if room.swap.is_none() {
+            // That it waits may have been said to the earlier supervisor; nobody needs it now, and another one follows.
+            if !is_prepared {
+                self.dismiss_successor(index);
             }
         } else {
             // Of a swap that had not come far: nobody waits for it any more.
@@ -415,5 +423,13 @@ impl Supervisor {
             );
             self.lose_successor(index, &why);
         }
+    }
+}
+
+/// Its Ready may have been said to the earlier supervisor. A server answers this when it has said that.
+fn ask_whether_ready(process: &mut Process) {
+    if let Some(control) = &mut process.control {
+        // One that does not listen has ended, or does: that is seen elsewhere.
+        control.send(&SupervisorToServer::Ping { token: 0 }, &[]).ok();
     }
 }

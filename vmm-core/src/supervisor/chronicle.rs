@@ -9,7 +9,8 @@
 //! Each entry has a number that counts on over rotations, supervisors and VMs of the same name, so that a reader knows
 //! what it has missed.
 //! One process writes: the supervisor that holds the folder's lock. Anyone who may enter the folder may read, also when
-//! there is no supervisor. A line that is not an entry (the last one of a supervisor that was killed) is left out.
+//! there is no supervisor. A line that is not an entry (the last one of a supervisor that was killed) is left out. What
+//! a supervisor wrote just before it was killed may be written once more by the next one.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
-use sandbox::{Lasting, Namespaces};
+use sandbox::{ExitCause, Lasting, Namespaces};
 use vmbus::ipc::hello::PROTOCOL;
 use vmbus::ipc::{PeerFault, SendError, ServerToSupervisor, SupervisorToBus, SupervisorToServer, pair};
 use vmbus::journal;
@@ -309,6 +309,17 @@ impl RoomState {
         }
     }
 
+    /// Whether the server has ended as an earlier supervisor told it to: that it let go before may have been said to that
+    /// one, and how it ended is not known.
+    pub fn has_obeyed(&mut self) -> bool {
+        match &mut self.server {
+            Server::Running {
+                process, blame: None, ..
+            } => self.told_to_stop.is_some() && process.ended() == Some(ExitCause::Unknown),
+            _ => false,
+        }
+    }
+
     /// If the server has ended: how.
     pub fn on_end(&mut self) -> Option<Death> {
         let Server::Running { process, blame, .. } = &mut self.server else {
@@ -353,6 +364,12 @@ impl RoomState {
     /// For `bulkhead device list`.
     pub fn line(&self, settings: &ServerSettings) -> DeviceLine {
         let (state, process) = match &self.server {
+            // It is being killed.
+            Server::Running {
+                blame: Some(_),
+                process,
+                ..
+            } => ("stops", Some(process)),
             Server::Running {
                 ready: false,
                 process,

@@ -71,16 +71,18 @@ impl Supervisor {
         let name = room.plan.name.clone();
         match message {
             ServerToSupervisor::Ready { report } => {
-                let generation = room.generation;
                 room.server.set_ready();
-                self.timers.clear(Timer::ReadyOverdue {
-                    room: index,
-                    generation,
-                });
                 self.on_ready(report, Reporter::Other);
                 self.on_serving(index, Instant::now());
             }
             ServerToSupervisor::Failed { message } => room.server.blame(&process::printable(&message)),
+            // It has said to an earlier supervisor that it is ready.
+            ServerToSupervisor::Pong { .. }
+                if matches!(self.phase, Phase::Running) && !room.server.is_ready() =>
+            {
+                room.server.set_ready();
+                self.on_serving(index, Instant::now());
+            }
             ServerToSupervisor::Pong { token } => self.on_pong(index, token),
             ServerToSupervisor::Warm => {}
             ServerToSupervisor::Released => self.on_released(index),
@@ -120,6 +122,9 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
+        if matches!(self.phase, Phase::Running) && !vm_has_ended && room.has_obeyed() {
+            return self.on_released(index);
+        }
         let Some(death) = room.on_end() else {
             return;
         };

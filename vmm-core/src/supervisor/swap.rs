@@ -172,6 +172,10 @@ impl Supervisor {
             return;
         };
         match message {
+            // Of one that is being killed: nobody makes way for it.
+            ServerToSupervisor::Ready { .. } | ServerToSupervisor::Warm if successor.blame.is_some() => {
+                return;
+            }
             ServerToSupervisor::Ready { .. } => successor.ready = true,
             ServerToSupervisor::Warm => successor.warm = true,
             ServerToSupervisor::Failed { message } => {
@@ -182,6 +186,8 @@ impl Supervisor {
             }
             ServerToSupervisor::Pong { .. } => {
                 successor.asked = None;
+                // Of one that is not, the earlier supervisor has heard that it is.
+                successor.ready = true;
                 return;
             }
             // It was not asked for these.
@@ -354,13 +360,21 @@ impl Supervisor {
         };
         let generation = room.generation;
         let device = room.plan.name.clone();
-        let stall = room.gone_since.take();
-        let stall = stall.map(|gone| since.saturating_duration_since(gone));
-        let stall_us = stall.map(|stall| u64::try_from(stall.as_micros()).unwrap_or(u64::MAX));
-        let Server::Running { process, .. } = &room.server else {
+        self.timers.clear(Timer::ReadyOverdue {
+            room: index,
+            generation,
+        });
+        // One that is being killed serves nobody.
+        let Server::Running {
+            process, blame: None, ..
+        } = &room.server
+        else {
             return;
         };
         let process = process.child.pid.as_raw();
+        let stall = room.gone_since.take();
+        let stall = stall.map(|gone| since.saturating_duration_since(gone));
+        let stall_us = stall.map(|stall| u64::try_from(stall.as_micros()).unwrap_or(u64::MAX));
         match room.swap.take_if(|swap| swap.to == generation) {
             Some(swap) => {
                 room.begin_trial(swap.program, &self.settings);

@@ -12,6 +12,7 @@ mod orphans;
 mod place;
 mod played;
 mod standbys;
+mod steps;
 mod swaps;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         orphans::ALL,
         adoption::ALL,
         adopters::ALL,
+        steps::ALL,
         lacking::ALL,
     ]
     .concat()

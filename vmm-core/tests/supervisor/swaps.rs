@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Planned replacement of a server.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -54,6 +55,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program",
         an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_its_own_program,
+    ),
+    (
+        "a_server_that_took_over_before_it_was_prepared_is_not_killed_for_that_later",
+        a_server_that_took_over_before_it_was_prepared_is_not_killed_for_that_later,
     ),
     (
         "the_end_of_the_vm_ends_a_server_that_waits",
@@ -468,6 +473,38 @@ fn an_old_server_that_dies_before_the_new_one_is_ready_is_followed_by_it_or_by_i
         ended.stdout,
         "the guest runs\nServerAttached 2\nServerGone 1\nServerGone 2\nServerAttached 3\n"
     );
+}
+
+fn a_server_that_took_over_before_it_was_prepared_is_not_killed_for_that_later() {
+    let place = Place::new();
+    let mut running = with_disk(&place, "");
+    let said = BufReader::new(running.child.stderr.take().expect("piped"));
+    let old = process(&place, "disk0");
+    let mut socket = place.connect();
+    let in_a_second = |play| Request::Swap {
+        device: "disk0".to_owned(),
+        program: Some(program(&place, play)),
+        patience_s: 1,
+    };
+    // It is locked in, and has nothing of the guest's memory yet.
+    socket.send(&in_a_second("cold-and-says-so"), &[]).expect("sent");
+    let second = process(&place, "disk0 successor");
+    let mut said = said.lines().map(|line| line.expect("text"));
+    assert!(said.any(|line| line == "[disk0] I am ready"));
+    kill_hard(old);
+    let answers = replies(&mut socket);
+    assert!(
+        matches!(answers[..], [Reply::Swapped { from: 1, to: 2, .. }]),
+        "{answers:?}"
+    );
+    // The second of this one ends after that of the first one.
+    let why = refusal(&swap(&place, &in_a_second("mute")));
+    assert!(
+        why.ends_with("(did not get ready in time); server 2 goes on"),
+        "{why}"
+    );
+    assert_eq!(process(&place, "disk0"), second);
+    stop(&place, running);
 }
 
 fn the_end_of_the_vm_ends_a_server_that_waits() {

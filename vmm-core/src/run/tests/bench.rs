@@ -36,6 +36,17 @@ pub(super) fn skip(reason: &str) {
     written.expect("standard error is open");
 }
 
+/// `None`, said loudly, where there is no KVM.
+pub(super) fn kvm() -> Option<Kvm> {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(file) => Some(Kvm::new(OwnedFd::from(file)).expect("a KVM that can run bulkhead")),
+        Err(error) => {
+            skip(&format!("/dev/kvm cannot be opened: {error}"));
+            None
+        }
+    }
+}
+
 /// A machine with one vCPU.
 pub(super) struct Bench {
     pub shared: Arc<Shared>,
@@ -52,15 +63,8 @@ pub(super) struct Bench {
 impl Bench {
     /// `None`, said loudly, where there is no KVM.
     pub(super) fn new() -> Option<Self> {
-        let fd = match File::options().read(true).write(true).open("/dev/kvm") {
-            Ok(file) => OwnedFd::from(file),
-            Err(error) => {
-                skip(&format!("/dev/kvm cannot be opened: {error}"));
-                return None;
-            }
-        };
+        let kvm = kvm()?;
         install_kick_handler().expect("signal handler");
-        let kvm = Kvm::new(fd).expect("a KVM that can run bulkhead");
         let layout = RamLayout::for_size(MEMORY_BYTES);
         let memory = Arc::new(GuestMapping::new(layout).expect("memory"));
         let pages = Arc::new(Pages::new(1).expect("pages"));

@@ -2,17 +2,19 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use vmbus::ipc::{BusToVcpu, VcpuToBus};
+use vmbus::mem::RamLayout;
 
 use super::super::machine::MAX_POSTS_UNDER_WAY;
 use super::super::processor::Ending;
-use super::bench::{Bench, skip};
+use super::bench::{Bench, kvm, skip};
 use super::code::*;
 use crate::bus::offers::MAX_CHANNELS;
 use crate::hyperv::hypercall::signal_connection;
 use crate::hyperv::msr;
-use crate::kvm::Event;
+use crate::kvm::{Event, GuestMapping, Vm};
 
 /// HvPostMessage's block with an INITIATE_CONTACT for version 5.3 and this VP.
 fn initiate_contact() -> Vec<u8> {
@@ -52,6 +54,33 @@ fn a_contact_is_answered_through_the_message_slot() {
     assert_eq!(bench.result(2), 0x10_0000_0001, "type 1, 16 bytes");
     assert_eq!(bench.result(3), 15, "VERSION_RESPONSE");
     assert_eq!(bench.result(4) & 0xFFFF, 1, "supported, state 0");
+}
+
+#[test]
+fn a_guest_that_switches_its_local_apic_off_gets_its_messages_and_does_not_end_the_vm() {
+    const APIC_BASE: u32 = 0x1B;
+    let Some(mut bench) = Bench::new() else { return };
+    bench.play_bus(0);
+    bench.write(BLOCK, &initiate_contact());
+    let code = Code::default()
+        .enable_hypercalls()
+        .enable_synic()
+        .wrmsr(APIC_BASE, 0xFEE0_0000)
+        .hypercall(0x5C, BLOCK)
+        .store_rax(RESULTS)
+        .wait_for_message();
+    assert_eq!(bench.run(code), Ending::PowerOff);
+    assert_eq!(bench.result(0), 0, "status");
+    assert_eq!(bench.shared.machine().failure, None);
+}
+
+/// A guest may give its local APICs other ids.
+#[test]
+fn an_interrupt_that_no_local_apic_takes_is_lost_and_does_not_end_the_vm() {
+    let Some(kvm) = kvm() else { return };
+    let memory = GuestMapping::new(RamLayout::for_size(MEMORY_BYTES)).expect("memory");
+    let vm = Vm::new(&kvm, Arc::new(memory)).expect("VM");
+    vm.raise(0, VECTOR).expect("lost");
 }
 
 #[test]

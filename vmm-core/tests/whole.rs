@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -33,8 +34,8 @@ struct Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         // Of a test that failed. A supervisor that is told to end takes its VM with it; one that is killed does not.
-        if let (Ok(None), Ok(pid)) = (self.supervisor.try_wait(), i32::try_from(self.supervisor.id())) {
-            kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
+        if matches!(self.supervisor.try_wait(), Ok(None)) {
+            self.tell_to_end();
             self.supervisor.wait().ok();
         }
     }
@@ -42,7 +43,17 @@ impl Drop for Vm {
 
 impl Vm {
     /// `None`, said loudly, where there is no KVM.
-    fn start(code: &[u8], args: &[&str]) -> Option<Self> {
+    fn start(code: &[u8]) -> Option<Self> {
+        Self::start_as(
+            Command::new(env!("CARGO_BIN_EXE_bulkhead")),
+            code,
+            &[],
+            Stdio::piped(),
+        )
+    }
+
+    /// `command`: what comes before `run`.
+    fn start_as(mut command: Command, code: &[u8], args: &[&str], stdin: Stdio) -> Option<Self> {
         if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
             println!("SKIP /dev/kvm cannot be opened: {error}");
             return None;
@@ -50,18 +61,19 @@ impl Vm {
         let folder = tempfile::tempdir().expect("a folder");
         let kernel = folder.path().join("kernel");
         std::fs::write(&kernel, tiny_kernel(code)).expect("written");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
         command.args(["run", "--memory", "64M", "--kernel"]).arg(kernel);
         command.arg("--run-folder").arg(folder.path().join("run"));
         command.args(args);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         Some(Vm {
             supervisor: command.spawn().expect("started"),
             _folder: folder,
         })
+    }
+
+    fn tell_to_end(&self) {
+        let pid = i32::try_from(self.supervisor.id()).expect("a process id");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("told");
     }
 
     fn hear(&mut self) -> u8 {
@@ -87,7 +99,7 @@ impl Vm {
 
 #[test]
 fn a_guest_resets_itself_as_often_as_it_likes_and_its_console_goes_on() {
-    let Some(mut vm) = Vm::start(RESETS, &[]) else {
+    let Some(mut vm) = Vm::start(RESETS) else {
         return;
     };
     for answer in *b"rrrp" {
@@ -97,4 +109,39 @@ fn a_guest_resets_itself_as_often_as_it_likes_and_its_console_goes_on() {
     let (status, said) = vm.end();
     assert_eq!(status, Some(0), "{said}");
     assert!(said.contains("the guest reset itself (3 so far)"), "{said}");
+}
+
+#[test]
+fn a_tap_that_was_handed_over_is_served_and_goes_with_the_vm() {
+    let program = Path::new(env!("CARGO_BIN_EXE_bulkhead"));
+    if !program.with_file_name("bulkhead-net").exists() {
+        println!("SKIP bulkhead-net is not built: `cargo test --workspace` builds it");
+        return;
+    }
+    let name = format!("bh{}", std::process::id());
+    let tap = match sandbox::tap::create(&name, false) {
+        Ok(tap) => tap,
+        Err(error) => {
+            println!("SKIP a TAP cannot be made: {error}");
+            return;
+        }
+    };
+    let interface = Path::new("/sys/class/net").join(&name);
+    // Whoever starts bulkhead hands it over: here a shell that got it as its own input.
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "exec \"$@\" 7<&0 </dev/null", "sh"]);
+    shell.arg(program);
+    let Some(mut vm) = Vm::start_as(shell, RESETS, &["--net", "tap-fd=7"], tap.into()) else {
+        return;
+    };
+    // All servers were ready before the guest ran.
+    assert_eq!(vm.hear(), b'!');
+    assert!(interface.exists(), "nobody holds the TAP");
+    vm.tell_to_end();
+    let (status, said) = vm.end();
+    assert_eq!(
+        (status, said.as_str()),
+        (Some(143), "bulkhead: ended by signal 15\n")
+    );
+    assert!(!interface.exists(), "somebody holds the TAP still");
 }

@@ -43,14 +43,14 @@ ln -s /opt/guest/vmlinuz /root/www/
 /usr/bin/ip addr add 192.168.215.1/24 dev t0
 /usr/bin/ip link set t0 up
 busybox httpd -h /root/www -p 8080
-# scene NAME BULKHEAD-FLAG...   MORE: an archive to append to the initrd
+# scene NAME BULKHEAD-FLAG...   MORE: an archive to append to the initrd; KERNEL: vmlinux, to boot the ELF file
 scene() {
     name=$1; shift
     guest-initrd /root/$name.sh /root/initrd.cpio
     [ -z "${MORE:-}" ] || cat "$MORE" >>/root/initrd.cpio
     cp /root/initrd.cpio /root/www/again.cpio
     { status=0
-      bulkhead run --name $name --kernel /opt/guest/vmlinuz --initrd /root/initrd.cpio "$@" </dev/null || status=$?
+      bulkhead run --name $name --kernel /opt/guest/${KERNEL:-vmlinuz} --initrd /root/initrd.cpio "$@" </dev/null || status=$?
       echo "bulkhead: exit $status"; } 2>&1 | tee /root/said
     # A triple fault without a word of the guest's kernel is the emulator's. KVM's own trace shows where it comes from: the
     # processor exits for an interrupt, KVM injects the guest's, and VMRUN ends with a shutdown while it delivers that one,

@@ -60,13 +60,19 @@ exit 0
 #[test]
 fn guests_with_one_two_and_four_processors_keep_their_files_and_talk_tcp_both_ways() {
     let Some(mut scenes) = scenes() else { return };
-    for (name, cpu_count) in [("one", 1), ("two", 2), ("four", 4)] {
+    // Both files that a kernel comes in boot.
+    for (name, cpu_count, kernel) in [
+        ("one", 1, "vmlinuz"),
+        ("two", 2, "vmlinux"),
+        ("four", 4, "vmlinuz"),
+    ] {
         let script = format!("CPUS={cpu_count}\n{FILES_AND_TCP}");
         // The same bytes go to the rig and come back.
         let around = format!(
             "{NEW_DISK}
              rm -f /root/silence; mkfifo /root/silence
              (nc -l -p 5001 <>/root/silence >/root/sent; nc -l -p 5002 </root/sent >/dev/null) &
+             KERNEL={kernel}
              scene {name} {QUIET} --vcpus {cpu_count} --memory 384M {DISK_AND_NET}
              kill $! 2>/dev/null || true
              e2fsck -fn /root/disk.raw || echo FAILED e2fsck"

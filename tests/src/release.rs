@@ -20,7 +20,7 @@ pub fn build_programs() -> Result<PathBuf> {
 
 /// The same and this xtask, which `cargo xtask` itself builds for quick building.
 pub fn build_all() -> Result<PathBuf> {
-    build(&["build", "--quiet", "--release", "--workspace", "--bins"])
+    build(&["build", "--release", "--workspace", "--bins"])
 }
 
 /// Builds the server of a package that dies at a named step when it is told to; its file. Not optimized: who dies at a

@@ -1,8 +1,8 @@
 //! `cargo xtask bench`: each figure beside a baseline measured in the same run.
 //!
 //! One line a figure: `bench NAME value=N unit=U baseline=N ratio=R`, where ratio is value / baseline. Machines are noisy;
-//! the two sides of a ratio take turns, and the medians are compared. A second line, indented, tells people what the baseline
-//! is and between which quartiles the single rounds lay.
+//! the two sides of a ratio take turns, and the medians are compared. What is measured, and a line that tells people what
+//! the baseline is and between which quartiles the single rounds lay, goes to standard error.
 
 #![forbid(unsafe_code)]
 
@@ -191,6 +191,10 @@ pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
         }
     }
     if !arguments.optimized {
+        // Before anything that takes minutes.
+        if let Some(path) = &arguments.json {
+            std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+        }
         return again_optimized(&arguments);
     }
     let mut figures = Vec::new();
@@ -204,9 +208,11 @@ pub fn main(arguments: BenchArguments) -> Result<ExitCode> {
         if wanted.is_empty() {
             continue;
         }
+        eprintln!("bench: measures {}", wanted.join(", "));
         for figure in (group.measure)(&wanted)? {
             if wanted.contains(&figure.name) {
-                println!("{}\n{}", figure.line(), figure.remark());
+                println!("{}", figure.line());
+                eprintln!("{}", figure.remark());
                 figures.push(figure);
             }
         }
@@ -249,6 +255,26 @@ mod tests {
         assert_eq!(quartiles(&[5.0, 1.0, 4.0, 2.0, 3.0]), [2.0, 4.0]);
         assert_eq!(quartiles(&[7.0]), [7.0, 7.0]);
         assert_eq!(quartiles(&[]), [0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_names_that_scripts_rely_on_are_there_and_none_twice() {
+        let all: Vec<&str> = GROUPS.iter().flat_map(|group| group.names).copied().collect();
+        for name in [
+            "ring-256",
+            "ring-64k",
+            "storvsp-cpu",
+            "storvsp-interrupts",
+            "netvsp-pps",
+            "idle-wakeups",
+            "memory-pss",
+            "boot",
+            "rig-disk-read",
+            "rig-disk-write",
+            "rig-net",
+        ] {
+            assert_eq!(all.iter().filter(|other| **other == name).count(), 1, "{name}");
+        }
     }
 
     #[test]

@@ -90,7 +90,11 @@ fn run(arguments: RunArguments) -> Result<ExitCode> {
         .collect::<Result<_>>()?;
     spec.binaries = match (arguments.no_binaries, arguments.bin_dir) {
         (true, _) => None,
-        (false, Some(folder)) => Some(folder),
+        (false, Some(folder)) => {
+            let there = folder.join("bulkhead").is_file();
+            ensure!(there, "--bin-dir: there is no bulkhead in {}", folder.display());
+            Some(folder)
+        }
         (false, None) => Some(release::build_programs()?),
     };
     let rig = Rig::build()?;

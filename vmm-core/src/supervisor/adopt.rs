@@ -33,7 +33,7 @@ use super::standby::StandbyEnds;
 use super::successor::{LEAVE_DEADLINE, Leaving, Successor};
 use super::swap::STOP_DEADLINE;
 use super::timers::{Timer, Timers};
-use super::{Phase, START_DEADLINE, Supervisor, supervise, take_signals};
+use super::{Phase, START_DEADLINE, Supervisor, machine, supervise, take_signals};
 use crate::spec::Name;
 
 /// Why an adopter kills a server that its predecessor was starting.
@@ -289,6 +289,7 @@ impl Supervisor {
                 },
             },
             crashed: vm.crashed,
+            guest_budget: machine::guest_budget(),
             vcpu_said: None,
             vcpu_failed: None,
             vcpu,

@@ -2,6 +2,7 @@
 //! `bulkhead-vcpu`: what it says, and its end.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmbus::ipc::{ExitCause as VmExit, OnReset, SupervisorToVcpu, VcpuToSupervisor};
@@ -9,10 +10,17 @@ use vmbus::ipc::{ExitCause as VmExit, OnReset, SupervisorToVcpu, VcpuToSuperviso
 use super::chronicle::Event;
 use super::events::show_lines;
 use super::oom::Finding;
-use super::process::last_words;
+use super::process::{Budget, Spent, last_words};
 use super::report::{Outcome, say};
 use super::{MESSAGES_PER_TURN, Phase, Reporter, Supervisor, process, report, tell};
 use crate::spec::OnCrash;
+
+/// Limit: crashes and resets of the guest that are told of in a second.
+const GUEST_EVENTS_PER_SECOND: u32 = 4;
+
+pub(super) fn guest_budget() -> Budget {
+    Budget::new(GUEST_EVENTS_PER_SECOND, Instant::now())
+}
 
 impl Supervisor {
     /// Sends; a vCPU process that does not take messages is killed, which ends the VM.
@@ -51,20 +59,31 @@ impl Supervisor {
                 if self.on_reset == OnReset::Reset {
                     self.crashed = false;
                 }
-                say(&format!("the guest reset itself ({count} so far)"));
-                self.note(Event::GuestReset { count });
+                let said = format!("the guest reset itself ({count} so far)");
+                self.tell_of_guest(&said, Event::GuestReset { count });
             }
             VcpuToSupervisor::GuestCrash { parameters, text } => {
                 self.crashed = true;
-                say(&report::guest_crash(&parameters, text.as_deref()));
+                let said = report::guest_crash(&parameters, text.as_deref());
                 let text = text.unwrap_or_default();
-                self.note(Event::GuestCrash { parameters, text });
+                self.tell_of_guest(&said, Event::GuestCrash { parameters, text });
                 if self.on_crash == OnCrash::Exit {
                     self.end(Outcome::GuestCrashed);
                 }
             }
             VcpuToSupervisor::Exited { cause } => self.vcpu_said = Some(cause),
             VcpuToSupervisor::Inspect { entries } => self.on_inspected("vcpu", entries),
+        }
+    }
+
+    fn tell_of_guest(&mut self, said: &str, event: Event) {
+        match self.guest_budget.spend(Instant::now()) {
+            Spent::Yes => {
+                say(said);
+                self.note(event);
+            }
+            Spent::FirstRefused => say("the guest crashes or resets itself too often to tell of each time"),
+            Spent::No => {}
         }
     }
 

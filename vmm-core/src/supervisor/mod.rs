@@ -99,7 +99,7 @@ use inspection::{Client, Inspection};
 use keeper::mirror::Keeper;
 use oom::OomWatch;
 use policy::History;
-use process::Process;
+use process::{Budget, Process};
 use report::{Outcome, say};
 use room::{RoomState, ServerSettings};
 use servers::Followed;
@@ -173,6 +173,8 @@ struct Supervisor {
     settings: ServerSettings,
     /// The guest's kernel reported a crash and has not reset since.
     crashed: bool,
+    /// For what the guest does to itself, which it can do without end.
+    guest_budget: Budget,
     /// What `bulkhead-vcpu` said that the end is, or why it failed.
     vcpu_said: Option<VmExit>,
     vcpu_failed: Option<String>,
@@ -328,6 +330,7 @@ impl Supervisor {
             on_reset: spec.on_reset,
             settings,
             crashed: false,
+            guest_budget: machine::guest_budget(),
             vcpu_said: None,
             vcpu_failed: None,
             vcpu,

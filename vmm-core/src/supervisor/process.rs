@@ -198,7 +198,7 @@ impl LogPipe {
         LogPipe {
             fd,
             partial: Vec::new(),
-            budget: Budget::new(Instant::now()),
+            budget: Budget::new(LINES_PER_SECOND, Instant::now()),
             tail: VecDeque::new(),
         }
     }
@@ -284,37 +284,41 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
-/// A rate of lines.
+/// A rate of lines, or of other things to be told.
 #[derive(Debug)]
-struct Budget {
+pub struct Budget {
+    per_second: u32,
     second: Instant,
     spent: u32,
 }
 
+/// Whether it is told.
 #[derive(Debug, PartialEq, Eq)]
-enum Spent {
+pub enum Spent {
     Yes,
+    /// It is not, as the first one of its second.
     FirstRefused,
     No,
 }
 
 impl Budget {
-    fn new(now: Instant) -> Self {
+    pub fn new(per_second: u32, now: Instant) -> Self {
         Budget {
+            per_second,
             second: now,
             spent: 0,
         }
     }
 
-    fn spend(&mut self, now: Instant) -> Spent {
+    pub fn spend(&mut self, now: Instant) -> Spent {
         if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
-            *self = Budget::new(now);
+            *self = Budget::new(self.per_second, now);
         }
         self.spent = self.spent.saturating_add(1);
-        match self.spent {
-            0..=LINES_PER_SECOND => Spent::Yes,
-            spent if spent == LINES_PER_SECOND + 1 => Spent::FirstRefused,
-            _ => Spent::No,
+        match self.spent.checked_sub(self.per_second) {
+            None | Some(0) => Spent::Yes,
+            Some(1) => Spent::FirstRefused,
+            Some(_) => Spent::No,
         }
     }
 }
@@ -345,7 +349,7 @@ mod tests {
     #[test]
     fn a_flood_of_lines_is_cut_to_a_rate() {
         let start = Instant::now();
-        let mut budget = Budget::new(start);
+        let mut budget = Budget::new(LINES_PER_SECOND, start);
         let spent: Vec<_> = (0..1000).map(|_| budget.spend(start)).collect();
         assert_eq!(spent.iter().filter(|spent| **spent == Spent::Yes).count(), 200);
         assert_eq!(

@@ -49,6 +49,10 @@ pub const ALL: &[(&str, fn())] = &[
         a_crash_of_the_guest_is_reported_with_status_3,
     ),
     (
+        "a_guest_that_crashes_without_end_does_not_fill_the_log",
+        a_guest_that_crashes_without_end_does_not_fill_the_log,
+    ),
+    (
         "the_death_of_the_vcpu_process_ends_the_vm_with_status_4",
         the_death_of_the_vcpu_process_ends_the_vm_with_status_4,
     ),
@@ -192,6 +196,21 @@ fn a_crash_of_the_guest_is_reported_with_status_3() {
         3,
         "the guest's kernel crashed: 0x1 0x2 0x3 0x4 0x5\n  | Kernel panic - not syncing: \u{fffd}[2Jplayed",
     );
+}
+
+fn a_guest_that_crashes_without_end_does_not_fill_the_log() {
+    let place = Place::new();
+    let ended = place.run(&["--cmdline", "crash-often"]);
+    let told = ended.stderr.matches("the guest's kernel crashed: 0x1 ").count();
+    let noted = read_after(&place.path("run/vm"), 0)
+        .iter()
+        .filter(|entry| matches!(entry.event, Event::GuestCrash { .. }))
+        .count();
+    assert!(
+        (1..60).contains(&told) && told == noted,
+        "{told} and {noted} of 100"
+    );
+    ended.expect(3, "too often to tell of each time");
 }
 
 fn the_death_of_the_vcpu_process_ends_the_vm_with_status_4() {

@@ -241,13 +241,17 @@ pub fn vcpu() -> ExitCode {
                     "garbage" => {
                         nix::unistd::write(&socket, b"garbage").expect("written");
                     }
-                    "crash" => {
+                    "crash" | "crash-often" => {
                         let text = Some("Kernel panic - not syncing: \x1b[2Jplayed".to_owned());
                         let crash = VcpuToSupervisor::GuestCrash {
                             parameters: [1, 2, 3, 4, 5],
                             text,
                         };
-                        say(&mut socket, crash);
+                        // No more than its socket holds: it ends without waiting.
+                        let count = if play == "crash" { 1 } else { 100 };
+                        for _ in 0..count {
+                            say(&mut socket, crash.clone());
+                        }
                         say(
                             &mut socket,
                             VcpuToSupervisor::Exited {

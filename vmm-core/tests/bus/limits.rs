@@ -230,6 +230,21 @@ fn as_many_channels_as_a_vm_may_have_are_open_at_once_each_with_eventfds_of_its_
         Some(CHANNELS.to_string().as_str())
     );
     assert!(guest.scene.inspect("left_out").is_some());
+
+    // A single post closes them all, while `bulkhead-vcpu` does not read.
+    guest.heard.clear();
+    guest.scene.say(&contact());
+    for server in &mut servers {
+        let token = loop {
+            if let BusToServer::Quiesce { token } = hear(server).0 {
+                break token;
+            }
+        };
+        server.send(&ServerToBus::Quiesced { token }, &[]).expect("sent");
+    }
+    assert!(guest.scene.inspect("connection").is_some(), "it goes on");
+    guest.find(|message| matches!(message, HostToGuest::VersionResponse(_)).then_some(()));
+    assert!(guest.kicks.is_empty() && guest.interrupts.is_empty());
 }
 
 #[test]

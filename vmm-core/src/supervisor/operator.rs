@@ -105,8 +105,14 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
-        room.server = Server::Held;
         let device = room.plan.name.clone();
+        if room.history.never_holds() {
+            say(&format!("{why}: {device} is not held, and gets the next one"));
+            room.history.forget();
+            room.server = Server::Pausing;
+            return self.timers.set(Instant::now(), Timer::Restart { room: index });
+        }
+        room.server = Server::Held;
         if room.history.ends_the_vm() {
             return self.end(Outcome::DeviceLost(why.to_owned()));
         }

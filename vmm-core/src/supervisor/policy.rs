@@ -60,6 +60,12 @@ impl History {
         self.restart == Restart::OrEnd
     }
 
+    /// Whether servers are started again however often they die. Those on trial are given up all the same: the device gets
+    /// others.
+    pub fn never_holds(&self) -> bool {
+        self.restart == Restart::Always
+    }
+
     /// Somebody has mended something: what was does not count any more.
     pub fn forget(&mut self) {
         *self = History::new(self.restart);
@@ -72,12 +78,12 @@ impl History {
 
     /// A server that was started at `started_ms` died at `now_ms`.
     pub fn on_death(&mut self, started_ms: u64, now_ms: u64) -> Decision {
-        if self.restart == Restart::Always {
-            return Decision::Restart { after_ms: 0 };
-        }
         if now_ms.saturating_sub(started_ms) >= CALM_MS {
             self.since_calm = 0;
             self.on_trial = false;
+        }
+        if self.never_holds() && !self.on_trial {
+            return Decision::Restart { after_ms: 0 };
         }
         self.deaths.push_back(now_ms);
         while let Some(&oldest) = self.deaths.front()
@@ -91,6 +97,9 @@ impl History {
                 deaths: self.deaths.len(),
                 within_ms: LOOP_WINDOW_MS,
             };
+        }
+        if self.never_holds() {
+            return Decision::Restart { after_ms: 0 };
         }
         let index = self.since_calm.min(PAUSES_MS.len() - 1);
         self.since_calm = self.since_calm.saturating_add(1);
@@ -160,6 +169,19 @@ mod tests {
     #[test]
     fn who_is_told_to_restart_always_does_so_at_once() {
         let mut history = History::new(Restart::Always);
+        for now in 0..1000 {
+            assert_eq!(history.on_death(now, now), restart(0));
+        }
+    }
+
+    #[test]
+    fn who_is_told_to_restart_always_gives_up_servers_on_trial_all_the_same() {
+        let mut history = History::new(Restart::Always);
+        history.begin_trial();
+        assert_eq!(history.on_death(0, 1), restart(0));
+        assert_eq!(history.on_death(1, 2), restart(0));
+        assert!(matches!(history.on_death(2, 3), Decision::Hold { .. }));
+        history.forget();
         for now in 0..1000 {
             assert_eq!(history.on_death(now, now), restart(0));
         }

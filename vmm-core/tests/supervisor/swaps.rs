@@ -287,10 +287,15 @@ fn a_swap_to_a_broken_program_leaves_the_old_server_where_it_is() {
 }
 
 fn a_program_whose_servers_die_at_work_is_given_up_for_the_one_before_once() {
-    for (before, is_held) in [("fine", false), ("dies-serving", true)] {
+    for (before, restart, is_held) in [
+        ("fine", "careful", false),
+        ("fine", "always", false),
+        ("dies-serving", "careful", true),
+    ] {
         let place = Place::new();
         let disk = format!("memory=1M,serial={before}");
-        let running = place.start(&["--cmdline", "watch-serve", "--disk", &disk]);
+        let flags = ["--cmdline", "watch-serve", "--restart", restart, "--disk", &disk];
+        let running = place.start(&flags);
         place.wait_until_it_runs();
         let bad = program(&place, "dies-serving");
         let swapped = swap(&place, &request(Some(bad.clone())));

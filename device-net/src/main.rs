@@ -20,7 +20,7 @@ use vmbus::record::Recorder;
 
 pub fn main() -> ExitCode {
     match serve() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("bulkhead-net: {error:#}");
             ExitCode::FAILURE
@@ -28,14 +28,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn serve() -> Result<()> {
+fn serve() -> Result<ExitCode> {
     let (control, jail) = sandbox::inherited()?;
     let mut start = Start::receive(control)?;
     match prepare(&mut start, jail) {
-        Ok(room) => room.run(start),
+        Ok(room) => room.run(start).map(|()| ExitCode::SUCCESS),
         Err(error) => {
+            // The supervisor tells it: one sentence, once.
             start.fail(format!("{error:#}"))?;
-            Err(error)
+            Ok(ExitCode::FAILURE)
         }
     }
 }

@@ -30,6 +30,14 @@ enum Task {
     Kill(kill::KillArguments),
     /// Replace device servers under load and count what a guest would notice.
     Swap(kill::SwapArguments),
+    /// Run a program as if this host lacked something.
+    #[command(hide = true)]
+    Without {
+        feature: xtask::without::Feature,
+        /// The program and its arguments.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// The reading process of the ring benchmark.
     #[command(hide = true)]
     BenchPeer,
@@ -58,6 +66,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => guarded(|| bench::main(arguments)),
         Task::Kill(arguments) => guarded(|| kill::main(arguments.into())),
         Task::Swap(arguments) => guarded(|| kill::main(arguments.into())),
+        Task::Without { feature, command } => xtask::without::main(feature, &command),
         Task::BenchPeer => bench::ring::peer(),
         Task::BenchStorage => bench::storvsp::server(),
         Task::BenchRig { names } => bench::rig::inside(&names),

@@ -31,7 +31,7 @@ pub const BUS: &str = "bulkhead-bus";
 pub const PASST: &str = "passt";
 
 /// Beside the played passt: where the harness listens.
-pub(super) const NETWORK_SOCKET: &str = "network";
+pub const NETWORK_SOCKET: &str = "network";
 
 /// passt's end of the stream, as `--fd` says.
 const PASST_FD: i32 = 3;

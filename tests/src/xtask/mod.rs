@@ -5,3 +5,4 @@ pub mod guard;
 pub mod rig;
 pub mod tcb;
 pub mod test;
+pub mod without;

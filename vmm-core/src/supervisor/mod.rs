@@ -87,7 +87,7 @@ use anyhow::{Context, Result, anyhow};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vmbus::ipc::hello::PROTOCOL;
-use vmbus::ipc::{ExitCause as VmExit, Message, OnReset, SupervisorToBus, SupervisorToVcpu, pair};
+use vmbus::ipc::{ExitCause as VmExit, Message, OnReset, SendError, SupervisorToBus, SupervisorToVcpu, pair};
 
 use crate::spec::{Console, OnCrash, VmSpec};
 use chronicle::{Chronicle, Event};
@@ -297,14 +297,14 @@ impl Supervisor {
             config: plan::vcpu(spec, boot),
             fds: names,
         };
-        tell("bulkhead-vcpu", &mut vcpu, &start, &fds)?;
+        introduce("bulkhead-vcpu", &mut vcpu, &start, &fds)?;
         let jail = (sandbox::profile::bus(), strictness);
         let mut bus = Process::start(&options.programs.join("bulkhead-bus"), jail, BUS_INDEX)?;
         let start = SupervisorToBus::Start {
             protocol: PROTOCOL,
             log: spec.log.clone(),
         };
-        tell("bulkhead-bus", &mut bus, &start, &[to_vcpu.as_fd()])?;
+        introduce("bulkhead-bus", &mut bus, &start, &[to_vcpu.as_fd()])?;
         let settings = ServerSettings {
             programs: options.programs.clone(),
             log: spec.log.clone(),
@@ -313,7 +313,7 @@ impl Supervisor {
         for room in &mut rooms {
             room.start_passt()?;
             let link = room.start_server(&settings)?;
-            tell("bulkhead-bus", &mut bus, &room.introduction(), &[link.as_fd()])?;
+            introduce("bulkhead-bus", &mut bus, &room.introduction(), &[link.as_fd()])?;
             room.introduced(room.generation);
         }
         let mut timers = Timers::default();
@@ -453,6 +453,20 @@ fn tell<M: Message>(program: &str, process: &mut Process, message: &M, fds: &[Bo
         .ok_or_else(|| anyhow!("{program} does not listen"))?
         .send(message, fds)
         .map_err(|error| anyhow!("cannot talk to {program}: {error}"))
+}
+
+/// The same to a process that was just started: one that has ended already is found at its end, which says why.
+fn introduce<M: Message>(
+    program: &str,
+    process: &mut Process,
+    message: &M,
+    fds: &[BorrowedFd<'_>],
+) -> Result<()> {
+    let socket = process.control.as_mut();
+    match socket.map(|socket| socket.send(message, fds)) {
+        None | Some(Ok(()) | Err(SendError::Disconnected)) => Ok(()),
+        Some(Err(error)) => Err(anyhow!("cannot talk to {program}: {error}")),
+    }
 }
 
 impl std::fmt::Debug for Supervisor {

@@ -6,7 +6,6 @@ mod adopters;
 mod adoption;
 mod cases;
 mod fencing;
-mod lacking;
 mod operator;
 mod orphans;
 mod place;
@@ -26,9 +25,6 @@ fn main() -> ExitCode {
         Some("bulkhead-bus") => return played::bus(),
         Some("bulkhead-block") => return played::server(None),
         Some(name) => {
-            if let Some(feature) = name.strip_prefix(lacking::WITHOUT) {
-                return lacking::become_program(feature);
-            }
             if let Some(play) = name.strip_prefix(played::SWAPPED) {
                 return played::server(Some(play));
             }
@@ -48,7 +44,6 @@ fn main() -> ExitCode {
         adoption::ALL,
         adopters::ALL,
         steps::ALL,
-        lacking::ALL,
     ]
     .concat()
     .into_iter()

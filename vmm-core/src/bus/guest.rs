@@ -154,13 +154,13 @@ impl Bus {
         self.connection = Connection::Disconnected;
         match then {
             AfterUnload::Unloaded { target_vp } => {
-                self.log(LogLevel::Info, format_args!("guest unloaded VMBus"));
+                self.news("guest unloaded VMBus", format_args!(""));
                 self.post_to(target_vp, HostToGuest::UnloadResponse);
             }
             AfterUnload::Contact(Answer { target_vp, verdict }) => {
                 let supported = match verdict {
                     Verdict::Accepted(version) => {
-                        self.log(LogLevel::Info, format_args!("guest speaks VMBus {version}"));
+                        self.news("guest speaks VMBus", format_args!(" {version}"));
                         self.connection = Connection::Connected(Connected {
                             version,
                             target_vp,

@@ -84,7 +84,10 @@ pub struct Bus {
     next_deadline: u64,
     next_token: u64,
     next_epoch: u32,
+    /// Of faults.
     tally: Tally,
+    /// Of what is no fault, but can be had as often as one likes.
+    news: Tally,
     /// Of the input that is being handled.
     out: Vec<Action>,
 }
@@ -105,6 +108,7 @@ impl Bus {
             next_token: 1,
             next_epoch: FIRST_OPEN_EPOCH,
             tally: Tally::default(),
+            news: Tally::default(),
             out: Vec::new(),
         }
     }
@@ -227,6 +231,18 @@ impl Bus {
             level,
             text: text.to_string(),
         });
+    }
+
+    /// Tells of what the guest may do any number of times; ever more rarely, as with faults.
+    fn news(&mut self, what: &'static str, detail: std::fmt::Arguments<'_>) {
+        match self.news.count(what) {
+            Some(1) => self.log(LogLevel::Info, format_args!("{what}{detail}")),
+            Some(count) => self.log(
+                LogLevel::Info,
+                format_args!("{what}{detail}, {count} times so far"),
+            ),
+            None => {}
+        }
     }
 
     /// Counts a fault of guest or server; says so the first time, and then ever more rarely.

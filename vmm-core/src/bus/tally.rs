@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Counts of faults, and which of them are worth a line in the log.
+//! Counts of what others can bring about at will, faults above all, and which of them are worth a line in the log.
 
 use std::collections::BTreeMap;
 

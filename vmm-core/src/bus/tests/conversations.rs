@@ -582,6 +582,16 @@ fn a_flood_of_nonsense_makes_few_lines_and_no_answers() {
 }
 
 #[test]
+fn a_guest_that_comes_and_goes_without_end_makes_few_lines() {
+    let mut world = World::new();
+    for _ in 0..10_000 {
+        world.contact(Version::V5_3, 0);
+        world.guest(GuestToHost::Unload);
+    }
+    assert!((1..40).contains(&world.log_lines), "{} lines", world.log_lines);
+}
+
+#[test]
 fn everything_that_is_known_can_be_inspected() {
     let mut world = World::booted();
     storvsc_up(&mut world);

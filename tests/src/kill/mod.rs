@@ -87,7 +87,7 @@ struct Arguments {
     #[arg(long, value_enum)]
     server: ServerKind,
     /// How many kills or swaps.
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..))]
     count: u64,
     /// What the moments and the load are made of [default: the time]
     #[arg(long, value_name = "S")]
@@ -308,11 +308,12 @@ pub fn main(task: Task) -> Result<ExitCode> {
     println!("{}", line(&what, unit, &faults, &stalls, seed));
     // Ordering: a flag; what it says needs nothing else to be seen.
     let is_whole = !ctrl_c.load(Ordering::Relaxed);
-    Ok(if faults == [0; 3] && is_whole {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(ExitCode::from(status(&faults, is_whole)))
+}
+
+/// Success is that all was done and nothing was noticed.
+fn status(faults: &[u64; 3], is_whole: bool) -> u8 {
+    u8::from(*faults != [0; 3] || !is_whole)
 }
 
 /// A VM under load, and what is done to its servers.
@@ -403,6 +404,45 @@ fn line(what: &str, unit: &str, faults: &[u64; 3], stalls: &Stalls, seed: u64) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser as _;
+
+    #[derive(Debug, clap::Parser)]
+    enum Xtask {
+        Kill(KillArguments),
+        Swap(SwapArguments),
+    }
+
+    #[test]
+    fn the_exit_status_is_1_for_each_kind_of_fault_and_for_a_run_that_was_broken_off() {
+        assert_eq!(status(&[0; 3], true), 0);
+        for (faults, is_whole) in [
+            ([1, 0, 0], true),
+            ([0, 1, 0], true),
+            ([0, 0, 1], true),
+            ([0; 3], false),
+        ] {
+            assert_eq!(status(&faults, is_whole), 1, "{faults:?} {is_whole}");
+        }
+    }
+
+    #[test]
+    fn a_mistake_in_the_command_line_is_named_and_no_count_is_no_success() {
+        for (line, part) in [
+            ("kill --server disk", "[possible values: block, net]"),
+            ("kill --server block --count 0", "0 is not in 1.."),
+            ("swap --server net --count 0", "0 is not in 1.."),
+            ("kill --server net --rig --standby", "cannot be used with"),
+            ("kill --server net --rig --adopt", "cannot be used with"),
+            ("kill --server net --rig --steps", "cannot be used with"),
+            ("kill --server net --steps --count 9", "cannot be used with"),
+            ("kill --server net --standby --adopt", "cannot be used with"),
+            ("kill", "--server"),
+        ] {
+            let words = ["xtask"].into_iter().chain(line.split(' '));
+            let error = Xtask::try_parse_from(words).expect_err(line).to_string();
+            assert!(error.contains(part), "{line}: {error}");
+        }
+    }
 
     #[test]
     fn a_line_has_the_form_that_scripts_rely_on() {

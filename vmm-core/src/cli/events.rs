@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd;
-use vmbus::ipc::PeerFault;
+use vmbus::ipc::{PeerFault, Socket};
 
 use super::talk::connect_below;
 use crate::spec::Name;
 use crate::supervisor::chronicle::{self, Entry};
-use crate::supervisor::control::{Reply, Request};
+use crate::supervisor::control::{Reply, Request, connect_to};
 use crate::supervisor::crash_report;
+use crate::supervisor::folder::control_socket;
+use crate::supervisor::keeper::is_orphaned;
 
 pub(super) fn events(vm: &Name, base: &Path, follow: bool, json: bool) -> Result<()> {
     let folder = folder_of(vm, base)?;
@@ -25,16 +27,34 @@ pub(super) fn events(vm: &Name, base: &Path, follow: bool, json: bool) -> Result
         return Ok(());
     }
     let mut socket = connect_below(vm, base)?;
-    let request = Request::Events { after: 0, follow };
-    socket.send(&request, &[])?;
+    let mut last = 0;
+    loop {
+        let request = Request::Events { after: last, follow };
+        // One that is gone is found so below.
+        socket.send(&request, &[]).ok();
+        listen(vm, &mut socket, &mut last, json)?;
+        // The VM has ended; or its supervisor, and then the next one goes on.
+        if is_orphaned(&folder)? {
+            bail!(
+                "the supervisor of {vm} was killed, and the VM goes on: `bulkhead adopt {vm}` takes it over"
+            );
+        }
+        match connect_to(&control_socket(base, vm))? {
+            Some(next) => socket = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Shows what a supervisor tells, until it tells no more.
+fn listen(vm: &Name, socket: &mut Socket, last: &mut u64, json: bool) -> Result<()> {
     loop {
         match socket.recv::<Reply>() {
             Ok(Some((Reply::Events(lines), _))) => {
                 for line in lines {
-                    show(
-                        &serde_json::from_str(&line).context("an event that is none")?,
-                        json,
-                    )?;
+                    let entry: Entry = serde_json::from_str(&line).context("an event that is none")?;
+                    *last = entry.number;
+                    show(&entry, json)?;
                 }
             }
             Ok(Some((other, _))) => bail!("{vm} answers {other:?}"),
@@ -45,7 +65,6 @@ pub(super) fn events(vm: &Name, base: &Path, follow: bool, json: bool) -> Result
                     Err(errno) => bail!("poll failed: {}", errno.desc()),
                 }
             }
-            // The VM has ended, or its supervisor.
             Err(PeerFault::Eof) => return Ok(()),
             Err(fault) => return Err(fault.into()),
         }

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! What an operator is told, and devices that are held.
 
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -12,7 +13,8 @@ use vmm_core::supervisor::control::{Reply, Request};
 use vmm_core::supervisor::{crash_report, oom};
 
 use super::place::{PATIENCE, Place, Running};
-use super::swaps::{process, program, stop, until, with_disk};
+use super::played::SWAPPED;
+use super::swaps::{process, stop, until, with_disk};
 
 pub const ALL: &[(&str, fn())] = &[
     (
@@ -42,6 +44,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "who_follows_the_events_hears_of_each_and_of_the_end",
         who_follows_the_events_hears_of_each_and_of_the_end,
+    ),
+    (
+        "the_command_that_follows_events_goes_on_with_the_next_supervisor_or_says_that_there_is_none",
+        the_command_that_follows_events_goes_on_with_the_next_supervisor_or_says_that_there_is_none,
     ),
 ];
 
@@ -233,8 +239,11 @@ fn a_device_whose_servers_only_die_is_held_until_somebody_resumes_it() {
     assert!(why.starts_with("disk0 died 10 times in "), "{why}");
     // The last report is stored after the event was told.
     until(|| (crash_report::list(&place.path("run/vm")).len() == 10).then_some(()));
-    let good = program(&place, "good");
-    assert_eq!(place.ask(&resume(Some(good))), [Reply::Done]);
+    // As a person does: the command looks where a link leads, so this is a file of its own.
+    let good = place.path(&format!("{SWAPPED}good"));
+    std::fs::copy(std::env::current_exe().expect("known"), &good).expect("copied");
+    let good = good.display().to_string();
+    said(&place, &["device", "resume", "vm", "disk0", "--binary", &good]);
     event(&place, |event| {
         matches!(event, Event::Serving { generation: 11, .. }).then_some(())
     });
@@ -331,4 +340,61 @@ fn who_follows_the_events_hears_of_each_and_of_the_end() {
         let field = format!("\"event\":\"{name}\"");
         assert_eq!(heard.matches(&field).count(), 1, "{name} in {heard}");
     }
+}
+
+fn the_command_that_follows_events_goes_on_with_the_next_supervisor_or_says_that_there_is_none() {
+    let place = Place::new();
+    let supervisor = place.start(&["--cmdline", "watch", "--disk", "memory=1M", "--console", "none"]);
+    place.wait_until_it_runs();
+    let follow = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        command
+            .args(["events", "vm", "--follow", "--json", "--run-folder"])
+            .arg(place.path("run"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("started");
+        let said = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let said = said.map(|line| serde_json::from_str(&line.expect("text")).expect("JSON"));
+        (Running { child }, said)
+    };
+    let is_next = |said: &mut dyn Iterator<Item = serde_json::Value>, name: &str| {
+        let event = said.next().expect("one more event");
+        assert_eq!(event["event"], name, "{event}");
+        event
+    };
+
+    let (alone, mut said) = follow();
+    is_next(&mut said, "started");
+    let (stopped, mut heard) = follow();
+    is_next(&mut heard, "started");
+    stopped.signal(Signal::SIGSTOP);
+    supervisor.kill();
+    assert!(said.next().is_none());
+    let sentence =
+        "bulkhead: the supervisor of vm was killed, and the VM goes on: `bulkhead adopt vm` takes it over\n";
+    alone.wait().expect(1, sentence);
+
+    // By the time that this one looks there is another one.
+    let adopter = place.adopt("vm");
+    place.wait_until_it_runs();
+    stopped.signal(Signal::SIGCONT);
+    is_next(&mut heard, "adopted");
+    kill_hard(process(&place, "disk0"));
+    let death = is_next(&mut heard, "death");
+    assert_eq!(
+        (&death["device"], &death["generation"]),
+        (&"disk0".into(), &1.into())
+    );
+    is_next(&mut heard, "restart");
+    let serving = is_next(&mut heard, "serving");
+    assert!(
+        serving["stall_us"].as_u64().is_some_and(|stall| stall > 0),
+        "{serving}"
+    );
+    stop(&place, adopter);
+    is_next(&mut heard, "ending");
+    assert!(heard.next().is_none());
+    stopped.wait().expect(0, "");
 }

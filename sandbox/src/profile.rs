@@ -360,7 +360,14 @@ const NET: &[Rule] = &[
 const KEEPER: &[Rule] = &[
     allow("accept4", c::SYS_accept4, ANY, "vmm-core/src/supervisor/control.rs accept"),
     allow("getsockopt", c::SYS_getsockopt, PEER, "vmm-core/src/supervisor/keeper/holder.rs uid_of"),
+    allow("ioctl", c::SYS_ioctl, SET_TERMINAL, "vmm-core/src/supervisor/console.rs restore"),
 ];
+
+/// A terminal's settings, at once.
+const SET_TERMINAL: &[When] = &[When::OneOf {
+    argument: 1,
+    values: &[c::TCSETS as u32],
+}];
 
 /// Who is at the other end.
 const PEER: &[When] = &[When::OneOf {

@@ -6,7 +6,8 @@
 //! directly.
 //!
 //! The terminal's settings are restored by [`RawTerminal`]'s drop, by a panic hook (release builds abort on panic), and
-//! around a stop by job control. Signals end the supervisor in its loop, hence by way of the drop.
+//! around a stop by job control. Signals end the supervisor in its loop, hence by way of the drop. If it is killed, the
+//! keeper restores them ([`restore`]).
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +17,8 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::{getpgrp, tcgetpgrp};
+use serde::{Deserialize, Serialize};
+use vmbus::ipc::codec::{decode, encode};
 
 /// Ctrl-A.
 const ESCAPE: u8 = 0x01;
@@ -103,6 +106,75 @@ impl RawTerminal {
     }
 }
 
+impl RawTerminal {
+    /// What [`restore`] needs; `None` if the terminal cannot be asked.
+    pub fn to_restore(&self) -> Option<Vec<u8>> {
+        let raw = tcgetattr(io::stdin()).ok()?;
+        encode(&(Settings::from(&self.original), Settings::from(&raw))).ok()
+    }
+}
+
+/// Gives a terminal the settings back that it had before it was made raw, by somebody who is gone and has left these
+/// bytes. If it is not as he made it, somebody else has it, and it is left alone.
+pub fn restore(terminal: BorrowedFd<'_>, to_restore: &[u8]) {
+    let Ok((original, raw)) = decode::<(Settings, Settings)>(to_restore) else {
+        return;
+    };
+    if tcgetattr(terminal).is_ok_and(|now| Settings::from(&now) == raw) {
+        // Of another session than ours: the kernel does not take us for a job in the background. If it is gone, it needs
+        // no settings.
+        let _ = tcsetattr(terminal, SetArg::TCSANOW, &original.into());
+    }
+}
+
+/// [`Termios`] as it can be written down.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Settings {
+    /// Of input, output, control and local modes.
+    flags: [u32; 4],
+    line: u8,
+    characters: [u8; 32],
+    speeds: [u32; 2],
+}
+
+impl From<&Termios> for Settings {
+    fn from(termios: &Termios) -> Self {
+        let libc::termios {
+            c_iflag,
+            c_oflag,
+            c_cflag,
+            c_lflag,
+            c_line,
+            c_cc,
+            c_ispeed,
+            c_ospeed,
+        } = termios.clone().into();
+        Settings {
+            flags: [c_iflag, c_oflag, c_cflag, c_lflag],
+            line: c_line,
+            characters: c_cc,
+            speeds: [c_ispeed, c_ospeed],
+        }
+    }
+}
+
+impl From<Settings> for Termios {
+    fn from(settings: Settings) -> Self {
+        let [c_iflag, c_oflag, c_cflag, c_lflag] = settings.flags;
+        let [c_ispeed, c_ospeed] = settings.speeds;
+        Termios::from(libc::termios {
+            c_iflag,
+            c_oflag,
+            c_cflag,
+            c_lflag,
+            c_line: settings.line,
+            c_cc: settings.characters,
+            c_ispeed,
+            c_ospeed,
+        })
+    }
+}
+
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         self.suspend();
@@ -147,6 +219,7 @@ fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::termios::LocalFlags;
 
     fn feed(typed: &[&[u8]]) -> (Vec<u8>, Option<Command>) {
         let mut filter = EscapeFilter::default();
@@ -156,6 +229,30 @@ mod tests {
             command = filter.feed(part, &mut pass).or(command);
         }
         (pass, command)
+    }
+
+    #[test]
+    fn a_terminal_is_restored_only_if_it_is_as_it_was_left() {
+        let pty = nix::pty::openpty(None, None).expect("a terminal");
+        let terminal = pty.slave.as_fd();
+        let original = tcgetattr(terminal).expect("asked");
+        let mut raw = original.clone();
+        cfmakeraw(&mut raw);
+        let left = encode(&(Settings::from(&original), Settings::from(&raw))).expect("written");
+        let echoes = || {
+            let now = tcgetattr(terminal).expect("asked");
+            now.local_flags.contains(LocalFlags::ECHO)
+        };
+        let mut others = raw.clone();
+        others.local_flags.insert(LocalFlags::ISIG);
+        tcsetattr(terminal, SetArg::TCSANOW, &others).expect("set");
+        restore(terminal, &left);
+        assert!(!echoes(), "it is somebody else's");
+        tcsetattr(terminal, SetArg::TCSANOW, &raw).expect("set");
+        restore(terminal, b"nonsense");
+        assert!(!echoes());
+        restore(terminal, &left);
+        assert!(echoes());
     }
 
     #[test]

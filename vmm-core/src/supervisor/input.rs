@@ -24,6 +24,8 @@ pub struct Input {
     waiting: Vec<u8>,
     filter: EscapeFilter,
     terminal: Option<RawTerminal>,
+    /// For the keeper, while there is that.
+    to_restore: Option<Vec<u8>>,
     /// Instead of `pipe`, if there is nothing to type on: the guest's end is not to be told that nothing will ever come.
     idle: Option<OwnedFd>,
 }
@@ -36,6 +38,7 @@ impl Input {
             waiting: Vec::new(),
             filter: EscapeFilter::default(),
             terminal: None,
+            to_restore: None,
             idle: None,
         };
         if *console != Console::Stdio {
@@ -57,6 +60,7 @@ impl Input {
             waiting: Vec::new(),
             filter: EscapeFilter::default(),
             terminal: None,
+            to_restore: None,
             idle,
         }
     }
@@ -65,13 +69,20 @@ impl Input {
     pub fn make_raw(&mut self) -> io::Result<()> {
         if self.pipe.is_some() {
             self.terminal = RawTerminal::enter()?;
+            self.to_restore = self.terminal.as_ref().and_then(RawTerminal::to_restore);
         }
         Ok(())
+    }
+
+    /// The terminal that is raw, and what gives it back.
+    pub fn raw_terminal(&self) -> Option<(BorrowedFd<'static>, &[u8])> {
+        self.to_restore.as_deref().map(|to_restore| (stdin(), to_restore))
     }
 
     /// Gives the terminal back.
     pub fn restore(&mut self) {
         self.terminal = None;
+        self.to_restore = None;
         self.pipe = None;
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::keeper::mirror::Keeper;
-use super::keeper::{FromKeeper, LISTENER};
+use super::keeper::{FromKeeper, LISTENER, TERMINAL};
 use super::process::Process;
 use super::report::say;
 use super::room::{RoomState, Server};
@@ -26,6 +26,8 @@ impl Supervisor {
             (LISTENER.to_owned(), self.adopt_listener.as_fd()),
         ];
         all.extend(self.input.pipe().map(|pipe| ("console".to_owned(), pipe)));
+        let terminal = self.input.raw_terminal();
+        all.extend(terminal.map(|(terminal, _)| (TERMINAL.to_owned(), terminal)));
         add(&mut all, "vcpu", &self.vcpu);
         add(&mut all, "bus", &self.bus);
         for room in &self.rooms {
@@ -36,10 +38,13 @@ impl Supervisor {
 
     /// What a new supervisor would have to know.
     fn texts(&self, keeper: &Process) -> Texts {
-        match self.phase {
+        let mut texts = match self.phase {
             Phase::Running => self.save(keeper),
             _ => Texts::new(),
-        }
+        };
+        let terminal = self.input.raw_terminal();
+        texts.extend(terminal.map(|(_, to_restore)| (TERMINAL.to_owned(), to_restore.to_owned())));
+        texts
     }
 
     /// Tells the keeper what has changed.

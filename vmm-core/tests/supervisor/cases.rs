@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::Stdio;
 
 use nix::pty::openpty;
@@ -14,6 +15,7 @@ use vmm_core::supervisor::control::{Reply, Request};
 use vmm_core::supervisor::crash_report;
 
 use super::place::{Place, Running, is_gone};
+use super::swaps::until;
 
 pub const ALL: &[(&str, fn())] = &[
     (
@@ -83,6 +85,10 @@ pub const ALL: &[(&str, fn())] = &[
         the_escape_ends_the_vm_and_the_terminal_is_as_before,
     ),
     ("a_signal_restores_the_terminal", a_signal_restores_the_terminal),
+    (
+        "a_supervisor_that_is_killed_leaves_the_terminal_as_it_was_and_the_next_one_has_it",
+        a_supervisor_that_is_killed_leaves_the_terminal_as_it_was_and_the_next_one_has_it,
+    ),
     (
         "mistakes_of_a_person_are_one_sentence",
         mistakes_of_a_person_are_one_sentence,
@@ -380,6 +386,33 @@ fn a_signal_restores_the_terminal() {
     running.wait().expect(143, "");
     let after = tcgetattr(&slave).expect("asked");
     assert!(after.local_flags.contains(LocalFlags::ICANON | LocalFlags::ECHO));
+}
+
+fn a_supervisor_that_is_killed_leaves_the_terminal_as_it_was_and_the_next_one_has_it() {
+    let place = Place::new();
+    let (running, master, slave) = on_a_terminal(&place);
+    let echoes = |wanted: bool| {
+        let now = tcgetattr(&slave).expect("asked");
+        (now.local_flags.contains(LocalFlags::ECHO) == wanted).then_some(now)
+    };
+    let before = echoes(true).expect("a terminal as it is at first");
+    place.wait_until_it_runs();
+    until(|| echoes(false));
+    // Once more: the keeper was told at the end of the turn before.
+    place.wait_until_it_runs();
+    running.kill();
+    assert_eq!(until(|| echoes(true)), before);
+
+    let end = || Stdio::from(slave.try_clone().expect("duplicated"));
+    let mut adopter = place.adopt_command("vm", Path::new(env!("CARGO_BIN_EXE_bulkhead")));
+    let child = adopter.stdin(end()).stdout(end()).spawn().expect("started");
+    let adopter = Running { child };
+    until(|| echoes(false));
+    // A terminal without its other end is none.
+    let mut typing = File::from(master);
+    typing.write_all(b"\x01x").expect("typed");
+    adopter.wait().expect(0, "");
+    assert_eq!(echoes(true).expect("restored"), before);
 }
 
 fn mistakes_of_a_person_are_one_sentence() {

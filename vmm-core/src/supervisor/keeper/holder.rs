@@ -11,11 +11,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use vmbus::ipc::{PeerFault, SendError, Socket};
 
-use super::{FromKeeper, LISTENER, STATE, ToKeeper, VCPU_END, send_kept};
-use crate::supervisor::control;
+use super::{FromKeeper, LISTENER, STATE, TERMINAL, ToKeeper, VCPU_END, send_kept};
 use crate::supervisor::report::say;
+use crate::supervisor::{console, control};
 
-/// Limit: names of bytes. A VM has one for itself and one for each of at most 64 devices.
+/// Limit: names of bytes. A VM has one for itself, one for each of at most 64 devices and one for a terminal.
 const MAX_WRITTEN: usize = 256;
 
 /// Limit: those who have connected and not yet said that they want to adopt. One more takes the place of the first, who
@@ -161,13 +161,23 @@ impl Keeper {
                     }
                 }
                 Ok(None) => return Ok(()),
-                Err(PeerFault::Eof) => self.supervisor = None,
+                Err(PeerFault::Eof) => {
+                    self.supervisor = None;
+                    self.restore_terminal();
+                }
                 // It lives, so that nobody else may be let adopt: it sees this end, and starts another keeper.
                 Ok(Some((ToKeeper::Adopt, _))) => bail!("the supervisor wants to adopt"),
                 Err(fault) => bail!("the supervisor does not speak our protocol: {fault}"),
             }
         }
         Ok(())
+    }
+
+    /// The supervisor did not come to that.
+    fn restore_terminal(&self) {
+        if let (Some(terminal), Some(to_restore)) = (self.kept.get(TERMINAL), self.written.get(TERMINAL)) {
+            console::restore(terminal.as_fd(), to_restore);
+        }
     }
 
     /// Lets the first one that wants to be the supervisor be it.

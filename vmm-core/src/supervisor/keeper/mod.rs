@@ -17,8 +17,8 @@
 //!                                           │ ── Keep, Write, All ──▶  │  from here on this is the supervisor's socket
 //! ```
 //!
-//! * The keeper waits in `poll(2)` and knows nothing: not what its descriptors are (but for [`LISTENER`] and [`VCPU_END`]),
-//!   nor what the bytes mean. It never reads from a descriptor that it only keeps, so that no child can talk to it.
+//! * The keeper waits in `poll(2)` and knows nothing: not what its descriptors are (but for [`LISTENER`], [`VCPU_END`] and
+//!   [`TERMINAL`], which it restores when the supervisor is gone), nor what the other bytes mean. It never reads from a descriptor that it only keeps, so that no child can talk to it.
 //! * It speaks to one supervisor at a time. Whoever connects is told at once whether there is one; of several that want to
 //!   adopt, the first one is let. That is the lock against two supervisors.
 //! * It keeps a VM only while [`STATE`] is written, which the supervisor does while the guest runs: a supervisor that is
@@ -56,6 +56,9 @@ pub const LISTENER: &str = "adopt";
 
 /// The name of the pidfd of the vCPU process.
 pub const VCPU_END: &str = "vcpu.end";
+
+/// The name of the terminal that the supervisor has made raw, and of what gives it back.
+pub const TERMINAL: &str = "terminal";
 
 /// The name of the bytes that are there as long as the guest runs.
 pub const STATE: &str = "vm";

@@ -182,6 +182,7 @@ impl PostMessage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn block(connection_id: u32, message_type: u32, payload_size: u32) -> [u8; 256] {
         let mut block = [0; 256];
@@ -263,5 +264,42 @@ mod tests {
         let mut reserved = block(4, 1, 8);
         reserved[4] = 1;
         assert_eq!(PostMessage::parse(reserved), Err(Status::InvalidParameter));
+    }
+
+    proptest! {
+        #[test]
+        fn any_registers_name_a_block_within_one_page_or_nothing(
+            code in prop_oneof![Just(POST_MESSAGE), Just(SIGNAL_EVENT), any::<u16>()],
+            rest in prop_oneof![Just(0), Just(FAST), any::<u64>()],
+            // Often a block near the end of a page.
+            input in prop_oneof![any::<u64>(), (0_u64..1 << 40, 0xE0_u64..0x100).prop_map(|(page, at)| page << 12 | at << 4)],
+        ) {
+            let within = |gpa: u64, bytes: usize| {
+                gpa == input && gpa.is_multiple_of(8) && gpa / PAGE_BYTES == (gpa + (bytes as u64 - 1)) / PAGE_BYTES
+            };
+            match decode(rest & !0xFFFF | u64::from(code), input) {
+                Ok(Call::PostMessageAt(gpa)) => prop_assert!(within(gpa, PostMessage::BYTES)),
+                Ok(Call::SignalEventAt(gpa)) => prop_assert!(within(gpa, SignalEvent::BYTES)),
+                Ok(Call::SignalEvent(signal)) => prop_assert!(signal.connection_id >> 24 == 0),
+                Err(status) => prop_assert!(status != Status::Success),
+            }
+        }
+
+        #[test]
+        fn any_block_is_a_message_of_at_most_its_payload_or_none(
+            mut block in prop::collection::vec(any::<u8>(), PostMessage::BYTES),
+            bytes in prop_oneof![0_u32..=MAX_PAYLOAD_BYTES as u32 + 1, any::<u32>()],
+        ) {
+            block[4..8].fill(0);
+            block[12..16].copy_from_slice(&bytes.to_le_bytes());
+            let parsed = PostMessage::parse(block.as_slice().try_into().expect("as long as it was made"));
+            match parsed {
+                Ok(message) => {
+                    prop_assert!(message.payload().len() == bytes as usize);
+                    prop_assert_eq!(message.payload(), &block[16..16 + bytes as usize]);
+                }
+                Err(_) => prop_assert!(bytes as usize > MAX_PAYLOAD_BYTES || block[3] != 0 || block[11] & 0x80 != 0),
+            }
+        }
     }
 }

@@ -326,12 +326,14 @@ fn placed(page: Page, old: u64, new: u64, gpn: Option<u64>) -> Vec<Effect> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     const GP: GeneralProtection = GeneralProtection;
+    const RAM_BYTES: u64 = 256 << 20;
 
     fn msrs() -> Msrs {
         let clock = ReferenceClock::new(2_000_000, 0).expect("sane");
-        Msrs::new(2, RamLayout::for_size(256 << 20), clock)
+        Msrs::new(2, RamLayout::for_size(RAM_BYTES), clock)
     }
 
     fn read(msrs: &Msrs, vp: u16, msr: u32) -> Result<u64, GeneralProtection> {
@@ -514,5 +516,52 @@ mod tests {
         );
         assert_eq!(msrs.write(0, CRASH_CTL, 0), Ok(vec![]));
         assert_eq!(read(&msrs, 0, CRASH_CTL), Ok(CRASH_NOTIFY | CRASH_MESSAGE));
+    }
+
+    /// An MSR that is answered here: often one that means something.
+    fn any_msr() -> impl Strategy<Value = u32> {
+        let known = [
+            GUEST_OS_ID,
+            HYPERCALL,
+            REFERENCE_TSC,
+            SCONTROL,
+            SIEFP,
+            SIMP,
+            EOM,
+            SINT0 + u32::from(VMBUS_SINT),
+            CRASH_P4 - 1,
+            CRASH_P4,
+            CRASH_CTL,
+        ];
+        prop_oneof![proptest::sample::select(known.to_vec()), FIRST..FIRST + COUNT]
+    }
+
+    /// Any value: often that of a page near an end of RAM, switched on.
+    fn any_value() -> impl Strategy<Value = u64> {
+        let near = (RAM_BYTES - 0x2000..RAM_BYTES + 0x2000).prop_map(|gpa| gpa & !0xFFE | ENABLE);
+        prop_oneof![any::<u64>(), near, 0_u64..32, Just(CRASH_NOTIFY | CRASH_MESSAGE)]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_guest_writes_nothing_of_ours_lies_outside_of_its_ram(
+            writes in prop::collection::vec((0_u16..4, any_msr(), any_value()), 0..60)
+        ) {
+            let mut msrs = msrs();
+            for (vp, msr, value) in writes {
+                for effect in msrs.write(vp, msr, value).unwrap_or_default() {
+                    match effect {
+                        Effect::Place { gpn: Some(gpn), .. } => {
+                            prop_assert!(gpn.checked_mul(4096).is_some_and(|gpa| gpa < RAM_BYTES));
+                        }
+                        Effect::Crash { text: Some((_, bytes)), .. } => prop_assert!(bytes <= 4096),
+                        Effect::SintChanged { vp } => prop_assert!(vp < 2),
+                        Effect::Place { .. } | Effect::Crash { .. } | Effect::EndOfMessage => {}
+                    }
+                }
+                prop_assert!(msrs.read(vp, msr).is_err() || vp < 2);
+                prop_assert!(msrs.sint_vector(vp).is_none_or(|vector| vector >= FIRST_VECTOR));
+            }
+        }
     }
 }

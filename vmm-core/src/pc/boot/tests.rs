@@ -1,4 +1,5 @@
 use super::*;
+use proptest::prelude::*;
 use std::io::Write;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -201,4 +202,37 @@ fn a_command_line_longer_than_the_kernel_takes_is_refused_not_cut() {
     ));
     let error = refused(&boot(&kernel, None, "a\0b"), 64 * MIB);
     assert!(matches!(error, BootError::CommandLineHasNul));
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_written_over_a_kernel_what_is_copied_lies_in_its_file_and_in_ram(
+        is_elf in any::<bool>(),
+        words in prop::collection::vec((0_usize..0x280, prop_oneof![0_u64..0x1000, any::<u64>()]), 0..4),
+        cut in 0_usize..200,
+    ) {
+        let mut image = match is_elf {
+            true => tiny_kernel(&[0xF4; 600]),
+            false => bzimage(XLF_KERNEL_64, 1 << 20, 4096),
+        };
+        for (at, word) in words {
+            if let Some(bytes) = image.get_mut(at..at + 8) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        image.truncate(image.len() - cut);
+        let kernel = file(&image);
+        if let Ok((plan, data)) = plan(&boot(&kernel, None, "quiet"), &RamLayout::for_size(32 * MIB)) {
+            for segment in &plan.segments {
+                let is_kernel = segment.file == KERNEL_FILE;
+                let length = if is_kernel { image.len() } else { data.len() } as u64;
+                let ends_within = |start: u64, limit: u64| {
+                    start.checked_add(segment.bytes).is_some_and(|end| end <= limit)
+                };
+                prop_assert!(ends_within(segment.offset, length), "{:?}", segment);
+                prop_assert!(ends_within(segment.gpa, 32 * MIB), "{:?}", segment);
+                prop_assert!(!is_kernel || segment.gpa >= HIGH_MEMORY, "{:?}", segment);
+            }
+        }
+    }
 }

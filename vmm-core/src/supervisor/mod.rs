@@ -405,6 +405,10 @@ impl Supervisor {
         if let Err(error) = self.input.make_raw() {
             return self.fail_start(format!("cannot set up the terminal: {error}"));
         }
+        // Ctrl-C is the guest's from here on; who has never been told does not get out.
+        if self.input.raw_terminal().is_some() {
+            say(console::HELP);
+        }
         self.timers.clear(Timer::StartOverdue);
         self.phase = Phase::Running;
         self.send_to_vcpu(&SupervisorToVcpu::Run);

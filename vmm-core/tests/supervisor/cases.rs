@@ -369,7 +369,7 @@ fn the_escape_ends_the_vm_and_the_terminal_is_as_before() {
     File::from(master.try_clone().expect("duplicated"))
         .write_all(b"ls\r\x01x")
         .expect("typed");
-    running.wait().expect(0, "");
+    running.wait().expect(0, "bulkhead: Ctrl-A x ends the VM; ");
     let after = tcgetattr(&slave).expect("asked");
     assert!(
         after

@@ -53,12 +53,12 @@ pub enum Verdict {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// A disk cannot be used.
-    #[error("disk {lun}: {source}")]
+    #[error("disk {lun}: {error}")]
     Disk {
         /// Its logical unit number.
         lun: u8,
         /// Why.
-        source: OpenError,
+        error: OpenError,
     },
     /// The numbers are not possible.
     #[error(transparent)]
@@ -101,9 +101,9 @@ impl OpenDisks {
             };
             match opened {
                 Ok(disk) => Ok((config, disk)),
-                Err(source) => Err(BuildError::Disk {
+                Err(error) => Err(BuildError::Disk {
                     lun: config.lun,
-                    source,
+                    error,
                 }),
             }
         });

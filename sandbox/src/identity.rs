@@ -63,7 +63,7 @@ pub(crate) fn give_up(become_user: Option<(u32, u32)>) -> Result<(), SandboxErro
     let cannot = |step| {
         move |errno: Errno| SandboxError::Privilege {
             step,
-            source: errno.into(),
+            error: errno.into(),
         }
     };
     let before = capabilities(None).map_err(cannot("read the capabilities"))?;

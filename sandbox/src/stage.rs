@@ -62,8 +62,8 @@ pub enum SandboxError {
     MoreThanOneThread(usize),
     #[error("cannot read /proc/self/task: {0}")]
     Proc(io::Error),
-    #[error("cannot {step}: {source}")]
-    Privilege { step: &'static str, source: io::Error },
+    #[error("cannot {step}: {error}")]
+    Privilege { step: &'static str, error: io::Error },
     #[error("Landlock refused its rules: {0}")]
     Landlock(io::Error),
     #[error("the system call filter was refused: {0}")]

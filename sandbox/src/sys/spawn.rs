@@ -88,8 +88,8 @@ impl Identity {
 /// Why a program could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    #[error("cannot open {}: {source}", .path.display())]
-    Program { path: PathBuf, source: io::Error },
+    #[error("cannot open {}: {error}", .path.display())]
+    Program { path: PathBuf, error: io::Error },
     #[error("{} may not be executed by user {uid}: chmod o+x it", .path.display())]
     NotExecutable { path: PathBuf, uid: u32 },
     #[error("only root can start a program as another user")]
@@ -98,12 +98,12 @@ pub enum SpawnError {
     Target(RawFd),
     #[error("an argument or environment variable contains a zero byte")]
     ZeroByte,
-    #[error("cannot {what}: {source}")]
-    Host { what: &'static str, source: io::Error },
+    #[error("cannot {what}: {error}")]
+    Host { what: &'static str, error: io::Error },
     #[error("cannot make the jail of the new process: {0}")]
     Jail(io::Error),
-    #[error("the new process cannot {step}: {source}")]
-    Child { step: &'static str, source: io::Error },
+    #[error("the new process cannot {step}: {error}")]
+    Child { step: &'static str, error: io::Error },
 }
 
 /// One way to make the child; they are tried in turn.
@@ -134,7 +134,7 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
     let null = open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| {
         SpawnError::Host {
             what: "open /dev/null",
-            source: errno.into(),
+            error: errno.into(),
         }
     })?;
     let warden = match spec.jail.clone() {
@@ -153,7 +153,7 @@ pub fn spawn(spec: Spawn) -> Result<Child, SpawnError> {
 
     let mut last = SpawnError::Host {
         what: "make a process",
-        source: io::ErrorKind::Unsupported.into(),
+        error: io::ErrorKind::Unsupported.into(),
     };
     let gives = |set: Namespaces| super::probe::can_make_namespaces(set.clone_flags()).is_ok();
     let lasting = spec.lasting.as_deref();
@@ -259,17 +259,17 @@ fn try_rung(
         Some(lasting) => lasting.within(|| launch::start(plan)),
         None => launch::start(plan),
     };
-    let started = started.map_err(|source| SpawnError::Host {
+    let started = started.map_err(|error| SpawnError::Host {
         what: "make a process",
-        source,
+        error,
     })?;
     if let Some(user) = rung.mapped
-        && let Err(source) = write_maps(started.pid, user, caller_is_root)
+        && let Err(error) = write_maps(started.pid, user, caller_is_root)
     {
         abandon(started, rung);
         return Err(SpawnError::Host {
             what: "give the new user namespace a user",
-            source,
+            error,
         });
     }
     if let Some((warden, birth)) = jail
@@ -286,12 +286,12 @@ fn try_rung(
             reap(pid);
             Err(SpawnError::Child {
                 step: step.describe(),
-                source: io::Error::from_raw_os_error(errno),
+                error: io::Error::from_raw_os_error(errno),
             })
         }
-        Err(source) => Err(SpawnError::Host {
+        Err(error) => Err(SpawnError::Host {
             what: "talk to the new process",
-            source,
+            error,
         }),
     }
 }
@@ -326,12 +326,12 @@ fn open_program(spec: &Spawn, identity: Option<(u32, u32)>) -> Result<OwnedFd, S
     let program = open(&spec.program, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| {
         SpawnError::Program {
             path: path(),
-            source: errno.into(),
+            error: errno.into(),
         }
     })?;
     if let Some((uid, _)) = identity {
         let executable = launch::is_executable_by_others(program.as_fd())
-            .map_err(|source| SpawnError::Program { path: path(), source })?;
+            .map_err(|error| SpawnError::Program { path: path(), error })?;
         if !executable {
             return Err(SpawnError::NotExecutable { path: path(), uid });
         }

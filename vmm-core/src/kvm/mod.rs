@@ -44,23 +44,23 @@ pub use vm::{Kvm, Vm};
 
 /// The host refused; a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {attempt}: {source}")]
+#[error("cannot {attempt}: {error}")]
 pub struct KvmError {
     attempt: &'static str,
-    source: io::Error,
+    error: io::Error,
 }
 
 impl KvmError {
-    fn new(attempt: &'static str, source: impl Into<io::Error>) -> Self {
+    fn new(attempt: &'static str, error: impl Into<io::Error>) -> Self {
         Self {
             attempt,
-            source: source.into(),
+            error: error.into(),
         }
     }
 
     /// An error of the host that is not KVM's, met while doing something for the VM.
-    pub fn host(attempt: &'static str, source: io::Error) -> Self {
-        Self::new(attempt, source)
+    pub fn host(attempt: &'static str, error: io::Error) -> Self {
+        Self::new(attempt, error)
     }
 
     /// From the error type of `kvm-ioctls`.

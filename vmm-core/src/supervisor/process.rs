@@ -363,6 +363,31 @@ mod tests {
     }
 
     #[test]
+    fn why_a_process_cannot_be_started_is_said_once() {
+        let spawn = sandbox::spawn(sandbox::Spawn {
+            program: "/nowhere/bulkhead-block".into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            fds: Vec::new(),
+            namespaces: sandbox::Namespaces::none(),
+            lasting: None,
+            stderr: None,
+            identity: sandbox::Identity::Keep,
+            jail: None,
+        });
+        let error = spawn
+            .context("cannot start a server")
+            .err()
+            .map(|error| format!("{error:#}"));
+        assert_eq!(
+            error.as_deref(),
+            Some(
+                "cannot start a server: cannot open /nowhere/bulkhead-block: No such file or directory (os error 2)"
+            )
+        );
+    }
+
+    #[test]
     fn a_child_that_nobody_listens_to_does_not_wait() {
         let (_reading, writing) = pipe().expect("a pipe");
         let full = (0..1000).find_map(|_| nix::unistd::write(&writing, &[b'x'; 4096]).err());

@@ -326,20 +326,30 @@ pub fn open_kvm() -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Opens the file that the console is written to; made or emptied.
-pub fn open_console(path: &Path) -> Result<File> {
+/// Opens the file that the console is written to; made or emptied. `others`: what the VM has open, which must not be that
+/// file.
+pub fn open_console<'a>(path: &Path, others: impl IntoIterator<Item = BorrowedFd<'a>>) -> Result<File> {
     let shown = path.display();
     // Without waiting, as above; and a terminal does not become ours.
-    OpenOptions::new()
+    let opened = OpenOptions::new()
         .write(true)
         .create(true)
-        .truncate(true)
+        .truncate(false)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .map_err(|error| match error.raw_os_error() {
-            Some(libc::ENXIO) => anyhow!("cannot write the console to {shown}: nobody reads that pipe yet"),
-            _ => anyhow!("cannot write the console to {shown}: {error}"),
-        })
+        .open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => anyhow!("cannot write the console to {shown}: nobody reads that pipe yet"),
+        _ => anyhow!("cannot write the console to {shown}: {error}"),
+    })?;
+    let identity = |fd: BorrowedFd<'_>| nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+    if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        let own = identity(file.as_fd())?;
+        if others.into_iter().any(|other| identity(other) == Ok(own)) {
+            bail!("cannot write the console to {shown}: that is a disk, the kernel or the initrd of this VM");
+        }
+        file.set_len(0).with_context(|| format!("cannot empty {shown}"))?;
+    }
+    Ok(file)
 }
 
 /// Opens a kernel or an initrd.
@@ -394,8 +404,26 @@ mod tests {
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("made");
         let kernel = open_image("kernel", &pipe).expect_err("refused").to_string();
         assert!(kernel.ends_with("is not a regular file"), "{kernel}");
-        let console = open_console(&pipe).expect_err("refused").to_string();
+        let console = open_console(&pipe, []).expect_err("refused").to_string();
         assert!(console.ends_with("nobody reads that pipe yet"), "{console}");
+    }
+
+    #[test]
+    fn a_console_empties_its_file_and_no_disk() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (disk, log) = (folder.path().join("disk"), folder.path().join("log"));
+        for file in [&disk, &log] {
+            std::fs::write(file, [7; 1024]).expect("written");
+        }
+        let held = open_disk(&disk, false).expect("a disk");
+        let refused = open_console(&disk, [held.as_fd()])
+            .expect_err("its disk")
+            .to_string();
+        assert!(refused.ends_with("the initrd of this VM"), "{refused}");
+        assert_eq!(std::fs::metadata(&disk).expect("there").len(), 1024);
+        open_console(&log, [held.as_fd()]).expect("another file");
+        assert_eq!(std::fs::metadata(&log).expect("there").len(), 0);
+        open_console(Path::new("/dev/null"), [held.as_fd()]).expect("no file to be emptied");
     }
 
     #[test]

@@ -281,7 +281,10 @@ impl Supervisor {
         let mut rooms = room::open(&plan, spec)?;
         let (input, console_in) = Input::new(&spec.console).context("cannot set up the console")?;
         machine.push(("console-in", console_in));
-        machine.push(("console-out", console_out(&spec.console)?));
+        let disks = rooms.iter().flat_map(room::RoomState::held).map(|(_, fd)| fd);
+        let others = machine.iter().map(|(_, fd)| fd.as_fd()).chain(disks);
+        let console_out = console_out(&spec.console, others)?;
+        machine.push(("console-out", console_out));
 
         let keeper = Keeper::start(spec.name.as_str())?;
         // Then the vCPU process: it has the most to do, and does it while the servers start.
@@ -427,11 +430,11 @@ impl Supervisor {
     }
 }
 
-fn console_out(console: &Console) -> Result<OwnedFd> {
+fn console_out<'a>(console: &Console, others: impl IntoIterator<Item = BorrowedFd<'a>>) -> Result<OwnedFd> {
     match console {
         Console::Stdio => console::output().context("cannot duplicate standard output"),
         Console::None => Ok(std::fs::OpenOptions::new().write(true).open("/dev/null")?.into()),
-        Console::File(path) => Ok(backend::open_console(path)?.into()),
+        Console::File(path) => Ok(backend::open_console(path, others)?.into()),
     }
 }
 

@@ -453,6 +453,16 @@ fn mistakes_of_a_person_are_one_sentence() {
             "cannot write the console to PIPE: nobody reads that pipe yet",
         ),
         (
+            &[
+                "--disk",
+                &format!("path={disk}"),
+                "--console",
+                &format!("file={disk}"),
+            ],
+            1,
+            "that is a disk, the kernel or the initrd of this VM",
+        ),
+        (
             &["--disk", "path=/nonexistent"],
             1,
             "there is no disk /nonexistent: `truncate",

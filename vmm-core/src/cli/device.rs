@@ -52,7 +52,7 @@ stop.
 
 If servers of another FILE die three times before one has run for ten seconds, the device goes back
 to the file before, once. bulkhead events tells of it, and gave-up= in bulkhead device list. There
-is no going back to a file that was overwritten: give a new program a new name.
+is no going back to a file that was overwritten or replaced: give a new program a new name.
 
 Exit status:
   0      the new server serves; the sentence says since when the guest's requests had waited

@@ -65,6 +65,16 @@ struct State {
     calm: Vec<Duration>,
     /// When nothing happened, and how long what was under way then took, unless it was for the load's network.
     moments: Vec<(Instant, Option<Duration>)>,
+    /// What the thread that kills waits for. The others wake it for nothing less, because each time would cost them, and
+    /// the processor it wakes on, some of the time that is measured.
+    awaited: Option<Awaited>,
+}
+
+/// So many are completed, among them all that was sent until then, or else until the last kill.
+#[derive(Clone, Copy, Debug, Default)]
+struct Awaited {
+    sent_until: Option<Instant>,
+    completed: u64,
 }
 
 impl State {
@@ -96,12 +106,22 @@ impl State {
     }
 
     fn is_over(&self) -> bool {
-        let Some(last) = self.kills.last() else {
-            return true;
-        };
+        self.kills.last().is_none_or(|last| self.is_completed(last.at))
+    }
+
+    /// Whether all that was sent until then is completed.
+    fn is_completed(&self, sent_until: Instant) -> bool {
         self.oldest
             .iter()
-            .all(|(oldest, _)| oldest.is_none_or(|sent| sent > last.at))
+            .all(|(oldest, _)| oldest.is_none_or(|sent| sent > sent_until))
+    }
+
+    fn has(&self, awaited: Awaited) -> bool {
+        let is_past = match awaited.sent_until {
+            Some(sent_until) => self.is_completed(sent_until),
+            None => self.is_over(),
+        };
+        is_past && self.completed >= awaited.completed
     }
 }
 
@@ -189,33 +209,36 @@ impl Timeline {
                 state.calm.push(took);
             }
         }
+        let is_awaited = state.awaited.is_some_and(|awaited| state.has(awaited));
         drop(state);
-        self.changed.notify_all();
+        if is_awaited {
+            self.changed.notify_all();
+        }
     }
 
     /// Looks on at a moment at which nothing happens, until what is under way then is completed. `false`: not before the
     /// deadline.
     pub fn look_on(&self, deadline: Instant) -> bool {
         let now = Instant::now();
+        self.lock().moments.push((now, Some(Duration::ZERO)));
+        let awaited = Awaited {
+            sent_until: Some(now),
+            completed: 0,
+        };
+        self.wait(awaited, deadline)
+    }
+
+    /// Waits for that. `false`: not before the deadline.
+    fn wait(&self, awaited: Awaited, deadline: Instant) -> bool {
         let mut state = self.lock();
-        state.moments.push((now, Some(Duration::ZERO)));
-        loop {
-            let is_over = state
-                .oldest
-                .iter()
-                .all(|(oldest, _)| oldest.is_none_or(|sent| sent > now));
-            if is_over {
-                return true;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
-        }
+        state.awaited = Some(awaited);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited = self
+            .changed
+            .wait_timeout_while(state, left, |state| !state.has(awaited));
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        state.awaited = None;
+        !waited.timed_out()
     }
 
     /// The server of that generation is killed now.
@@ -299,24 +322,12 @@ impl Timeline {
     /// Waits until everything that was under way at the last kill is completed and `completions` more are.
     /// `false`: not before the deadline.
     pub fn wait_over(&self, completions: u64, deadline: Instant) -> bool {
-        let mut wanted = None;
-        let mut state = self.lock();
-        loop {
-            if state.is_over() {
-                let completed = state.completed;
-                if completed >= *wanted.get_or_insert(completed + completions) {
-                    return true;
-                }
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .map_or_else(|error| error.into_inner().0, |(state, _)| state);
+        let mut awaited = Awaited::default();
+        if !self.wait(awaited, deadline) {
+            return false;
         }
+        awaited.completed = self.lock().completed.saturating_add(completions);
+        self.wait(awaited, deadline)
     }
 
     /// What there is to say in the end.

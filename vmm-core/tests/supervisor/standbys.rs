@@ -49,6 +49,18 @@ pub fn standby(place: &Place) -> i32 {
     })
 }
 
+/// Another standby follows one to which that was done, and is there when the server dies that serves all the while.
+fn replaced_while_it_waits(place: &Place, harm: impl FnOnce(i32)) {
+    let serving = process(place, "disk0");
+    let first = standby(place);
+    harm(first);
+    let second = until(|| Some(standby(place)).filter(|process| *process != first));
+    assert_eq!(process(place, "disk0"), serving);
+    // This death is the device's first, and answered at once by the one that waits.
+    kill_hard(serving);
+    until(|| (process(place, "disk0") == second).then_some(()));
+}
+
 fn a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another() {
     let place = Place::new();
     let running = with_standby(&place, "any");
@@ -69,14 +81,7 @@ fn a_standby_takes_over_from_a_server_that_dies_and_is_followed_by_another() {
 fn a_standby_that_dies_is_started_again_and_harms_nobody() {
     let place = Place::new();
     let running = with_standby(&place, "any");
-    let serving = process(&place, "disk0");
-    let first = standby(&place);
-    kill_hard(first);
-    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
-    assert_eq!(process(&place, "disk0"), serving);
-    // A death after it is the device's first, and answered at once by the one that waits.
-    kill_hard(serving);
-    until(|| (process(&place, "disk0") == second).then_some(()));
+    replaced_while_it_waits(&place, kill_hard);
     let ended = stop(&place, running);
     assert!(
         ended.stderr.starts_with(
@@ -92,13 +97,9 @@ fn a_standby_that_hangs_is_replaced_before_it_is_needed() {
     let disk = "memory=1M,standby=true";
     let running = place.start(&["--cmdline", "watch", "--patience", "1", "--disk", disk]);
     place.wait_until_it_runs();
-    let serving = process(&place, "disk0");
-    let first = standby(&place);
-    kill(Pid::from_raw(first), Signal::SIGSTOP).expect("stopped");
-    let second = until(|| Some(standby(&place)).filter(|process| *process != first));
-    assert_eq!(process(&place, "disk0"), serving);
-    kill_hard(serving);
-    until(|| (process(&place, "disk0") == second).then_some(()));
+    replaced_while_it_waits(&place, |standby| {
+        kill(Pid::from_raw(standby), Signal::SIGSTOP).expect("stopped");
+    });
     let ended = stop(&place, running);
     assert!(
         ended.stderr.contains(

@@ -50,6 +50,7 @@ use network::{Network, Random, frame, mark_of};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Arguments;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -145,11 +146,7 @@ impl Load {
         let channels = driver.channels.len();
         let senders = usize::from(FLOWS);
         Ok(Self {
-            network: Network {
-                stream: network,
-                inbox: Vec::new(),
-                outbox: VecDeque::new(),
-            },
+            network: Network::new(network),
             random: Random(seed | 1),
             flights: (0..channels).map(|_| VecDeque::new()).collect(),
             ways_out: (0..channels).map(|_| Way::default()).collect(),
@@ -459,7 +456,7 @@ impl Load {
             marks.push((flow, number));
             let way = self.ways_in.get_mut(usize::from(flow));
             let arrival = way.map_or(Arrival::Unknown, |way| way.arrive(number, &watch.deaths));
-            self.note_arrival(arrival, &format!("frame {number} of flow {flow}"));
+            self.note_arrival(arrival, format_args!("frame {number} of flow {flow}"));
             let usual = *self.channel_of_flow.entry(flow).or_insert(channel);
             if usual != channel {
                 self.tally.wrong += 1;
@@ -491,23 +488,20 @@ impl Load {
     /// Frames that reached the network.
     fn on_arrived(&mut self, watch: &Watch) {
         while let Some(bytes) = self.network.take() {
-            let mark = mark_of(&bytes);
+            let (mark, bytes) = (mark_of(bytes), bytes.len());
             let Some((channel, number)) = mark else {
                 self.tally.wrong += 1;
-                self.fault(format!(
-                    "a frame of {} bytes for the network was changed",
-                    bytes.len()
-                ));
+                self.fault(format!("a frame of {bytes} bytes for the network was changed"));
                 continue;
             };
             self.tally.arrived += 1;
             let way = self.ways_out.get_mut(usize::from(channel));
             let arrival = way.map_or(Arrival::Unknown, |way| way.arrive(number, &watch.deaths));
-            self.note_arrival(arrival, &format!("frame {number} of channel {channel}"));
+            self.note_arrival(arrival, format_args!("frame {number} of channel {channel}"));
         }
     }
 
-    fn note_arrival(&mut self, arrival: Arrival, what: &str) {
+    fn note_arrival(&mut self, arrival: Arrival, what: Arguments<'_>) {
         match arrival {
             Arrival::Due { lost: 0, .. } => {}
             Arrival::Due { swallowed, lost } => {

@@ -17,11 +17,28 @@ const FRAME_BYTES_MAX: usize = 1514;
 #[derive(Debug)]
 pub(super) struct Network {
     pub stream: UnixStream,
-    pub inbox: Vec<u8>,
+    /// What was read. Its first [`Self::taken`] bytes were taken.
+    inbox: Vec<u8>,
+    taken: usize,
+    piece: Vec<u8>,
     pub outbox: VecDeque<u8>,
 }
 
+/// Limit: bytes read at once.
+const PIECE_BYTES: usize = 64 << 10;
+
 impl Network {
+    /// Its stream must not block.
+    pub fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            inbox: Vec::new(),
+            taken: 0,
+            piece: vec![0; PIECE_BYTES],
+            outbox: VecDeque::new(),
+        }
+    }
+
     pub fn put(&mut self, frame: &[u8]) {
         self.outbox.extend((frame.len() as u32).to_be_bytes());
         self.outbox.extend(frame);
@@ -47,12 +64,12 @@ impl Network {
 
     pub fn read(&mut self) -> std::io::Result<bool> {
         let mut moved = false;
-        let mut bytes = vec![0; 64 << 10];
+        self.inbox.drain(..std::mem::take(&mut self.taken));
         loop {
-            match self.stream.read(&mut bytes) {
+            match self.stream.read(&mut self.piece) {
                 Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
-                    self.inbox.extend_from_slice(&bytes[..count]);
+                    self.inbox.extend_from_slice(&self.piece[..count]);
                     moved = true;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(moved),
@@ -62,11 +79,11 @@ impl Network {
     }
 
     /// The next whole frame.
-    pub fn take(&mut self) -> Option<Vec<u8>> {
-        let (length, rest) = self.inbox.split_first_chunk::<4>()?;
+    pub fn take(&mut self) -> Option<&[u8]> {
+        let (length, rest) = self.inbox[self.taken..].split_first_chunk::<4>()?;
         let length = u32::from_be_bytes(*length) as usize;
-        let frame = rest.get(..length)?.to_vec();
-        self.inbox.drain(..4 + length);
+        let frame = rest.get(..length)?;
+        self.taken += 4 + length;
         Some(frame)
     }
 }

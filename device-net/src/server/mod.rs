@@ -70,8 +70,9 @@ const KICK: u64 = 16;
 const EVENTS_PER_WAIT: usize = 32;
 
 /// Limit: how long a server that was told to stop waits for the backend to take what the guest sent before. A network that
-/// reads takes it in far less, and the guest's frames wait for the successor meanwhile; one that does not read loses them.
-const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(500);
+/// reads takes it in far less. One that does not read loses it, as it would lose what comes when the queue is full: the
+/// guest's new packets, and those for the guest, wait for the successor meanwhile, and should not wait long for that.
+const LAST_FRAMES_DEADLINE: Duration = Duration::from_millis(50);
 
 /// Why a server ends other than by being told to.
 #[derive(Debug, Error)]

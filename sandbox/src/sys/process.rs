@@ -14,11 +14,18 @@ use crate::jail::Instruction;
 /// What a process logs between its name and the number of a system call that its filter refused.
 pub const REFUSED: &str = ": seccomp refused system call ";
 
+/// Free memory at the end of the heap that malloc keeps: a server that waits for its turn has touched it beforehand
+/// (vmbus `channel/port`), so that it need not while its guest waits.
+const HEAP_KEPT_BYTES: c_int = 1 << 20;
+
 /// Before stage 1: what has to be in place when the process can no longer ask for it.
 pub(crate) fn prepare(name: &str) {
     install_abort_handler();
     // SAFETY: one integer each; must merely come before a second thread allocates, see `stage.rs`.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_KEPT_BYTES);
+    }
     if let Ok(name) = CString::new(name) {
         // A name is for people; a kernel that would not set it changes nothing.
         let _ = rustix::thread::set_name(&name);

@@ -245,6 +245,7 @@ impl Given {
             gone_since: saved.gone_since_ms.map(|since| timers.instant(since)),
             passt,
             mtu: saved.mtu,
+            fence: None,
             lasting: None,
         })
     }

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! A device, what is held open for it, and the servers that live in it one after the other.
 
+use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,6 +64,8 @@ pub struct RoomState {
     /// `None`: passt has to be started first.
     pub(super) held: Option<Held>,
     pub(super) journal: OwnedFd,
+    /// A description of the journal on which nobody else has a lock, opened before it is needed.
+    pub(super) fence: Option<File>,
     pub(super) mtu: u16,
     /// Made with the first server that this supervisor starts.
     pub(super) lasting: Option<Arc<Lasting>>,
@@ -137,6 +140,7 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             passt: None,
             held,
             journal,
+            fence: None,
             mtu: 0,
             lasting: None,
         });
@@ -396,18 +400,32 @@ impl RoomState {
     }
 
     /// Whether nothing that the dead server began is still under way: see the theory of [`super`].
-    pub fn is_fenced(&self) -> bool {
+    pub fn is_fenced(&mut self) -> bool {
         if let Some(held) = &self.held
             && !held.is_free(self.journal.as_fd())
         {
             return false;
         }
-        // A description of its own: a lock belongs to it, not to the file.
-        let path = format!("/proc/self/fd/{}", self.journal.as_raw_fd());
-        let Ok(journal) = std::fs::OpenOptions::new().read(true).write(true).open(path) else {
+        self.prepare_fence();
+        let Some(journal) = self.fence.take() else {
             return false;
         };
-        Flock::lock(journal, FlockArg::LockExclusiveNonblock).is_ok()
+        let locked = Flock::lock(journal, FlockArg::LockExclusiveNonblock);
+        let (is_free, journal) = match locked {
+            Ok(lock) => (true, lock.unlock().ok()),
+            Err((journal, _)) => (false, Some(journal)),
+        };
+        self.fence = journal;
+        is_free
+    }
+
+    /// Opens what [`Self::is_fenced`] asks with, so that the guest need not wait for that. A lock belongs to a description,
+    /// not to the file: so this one is opened anew, not duplicated.
+    pub fn prepare_fence(&mut self) {
+        if self.fence.is_none() {
+            let path = format!("/proc/self/fd/{}", self.journal.as_raw_fd());
+            self.fence = OpenOptions::new().read(true).write(true).open(path).ok();
+        }
     }
 }
 

@@ -80,6 +80,7 @@ impl RoomState {
         program: Option<&Path>,
         settings: &ServerSettings,
     ) -> Result<(OwnedFd, u32)> {
+        self.prepare_fence();
         let present = self.program.clone();
         let (process, to_bus) = self.launch(program.or(present.as_deref()), settings)?;
         let generation = self.newest;

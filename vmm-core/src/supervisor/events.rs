@@ -179,6 +179,7 @@ impl Supervisor {
                 }
             }
             Timer::Fence { room } => self.try_fence(room),
+            Timer::Replace { room } => self.stop_predecessor(room),
             Timer::Restart { room } => self.restart_server(room),
             Timer::Standby { room } => self.on_standby_due(room),
             Timer::Keeper => self.start_keeper(),

@@ -2,7 +2,7 @@
 //! Planned replacement of a server, and what a successor that waits says and does.
 //!
 //! ```text
-//!   start the new one ──Ready, Warm──▶ Stop to the old one ──Released──▶ fence ──▶ ServerGone to bulkhead-bus
+//!   start the new one ──Ready, Warm, a pause──▶ Stop to the old one ──Released──▶ fence ──▶ ServerGone to bulkhead-bus
 //! ```
 //!
 //! Until the old one is told to stop nothing has changed for the guest, and whatever goes wrong with the new one is told
@@ -28,6 +28,10 @@ use super::{MESSAGES_PER_TURN, Phase, Supervisor, backend, process, report};
 /// Limit: from Stop to Released. The old server waits for its own I/O; a disk that takes longer makes the guest wait
 /// whether the server is killed or not.
 pub(super) const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// From a new server that is prepared to Stop. Its start has taken processor time from guest and old server; what waits
+/// because of that is answered before, and does not wait for the replacement, too.
+const SETTLE: Duration = Duration::from_millis(5);
 
 /// A planned replacement under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -109,7 +113,7 @@ impl Supervisor {
     }
 
     /// If the new server is prepared, the old one is told to stop.
-    fn stop_predecessor(&mut self, index: usize) {
+    pub(super) fn stop_predecessor(&mut self, index: usize) {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
@@ -201,7 +205,9 @@ impl Supervisor {
             self.timers.clear(overdue);
             let is_restart = successor.is_restart;
             match room.swap {
-                Some(_) => self.stop_predecessor(index),
+                Some(_) => self
+                    .timers
+                    .set(Instant::now() + SETTLE, Timer::Replace { room: index }),
                 None if is_restart => {}
                 None => self.on_standby_prepared(index),
             }

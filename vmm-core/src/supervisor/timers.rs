@@ -21,6 +21,8 @@ pub enum Timer {
     Fence { room: usize },
     /// Finish what was left when a successor began to serve.
     Breather,
+    /// Tell the old server of a swap to stop.
+    Replace { room: usize },
     /// Start a successor.
     Restart { room: usize },
     /// Start a standby.

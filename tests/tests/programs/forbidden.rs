@@ -78,7 +78,7 @@ fn a_server_that_makes_a_forbidden_call_is_killed_told_of_with_the_call_and_foll
                 .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
         });
         assert!(
-            report.contains(&format!("{device} (server 1) {cause}\n")),
+            report.contains(&format!("{device} (server 1) {cause}")),
             "{report}"
         );
         assert!(report.contains(&format!("deaths of {device}: 1\n")), "{report}");

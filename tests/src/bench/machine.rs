@@ -29,7 +29,10 @@ const WORK: &str = "/root/bench";
 /// The guest settles, then it is watched.
 const SETTLE: Duration = Duration::from_secs(3);
 const WATCH: Duration = Duration::from_secs(10);
-const SILENCE: Duration = Duration::from_secs(120);
+/// Limit: each of a guest's steps takes a few seconds.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Limit: for a monitor to clean up when it is told to end.
+const CLEAN_UP: Duration = Duration::from_secs(10);
 
 /// A monitor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -333,12 +336,21 @@ impl Machine {
     }
 
     fn end(mut self) -> Result<()> {
-        let deadline = Instant::now() + SILENCE;
-        while self.child.try_wait()?.is_none() {
-            ensure!(Instant::now() < deadline, "the guest did not power off");
+        ensure!(self.has_ended_within(SILENCE), "the guest did not power off");
+        Ok(())
+    }
+
+    fn has_ended_within(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            if matches!(self.child.try_wait(), Ok(Some(_))) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
             thread::sleep(Duration::from_millis(20));
         }
-        Ok(())
     }
 }
 
@@ -346,7 +358,10 @@ impl Drop for Machine {
     fn drop(&mut self) {
         if !matches!(self.child.try_wait(), Ok(Some(_))) {
             let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-            if nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).is_ok() {
+            // One whose guest has broken down may not come to its clean-up.
+            nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).ok();
+            if !self.has_ended_within(CLEAN_UP) {
+                self.child.kill().ok();
                 self.child.wait().ok();
             }
         }

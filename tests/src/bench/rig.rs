@@ -16,8 +16,8 @@ use std::time::Duration;
 /// Boots of each of the two monitors, in turn.
 const ROUNDS: usize = 3;
 /// A boot and its measurements take some 40 s on two idle cores.
-const TIMEOUT: Duration = Duration::from_secs(900);
-/// How often to try for one sample.
+const TIMEOUT: Duration = Duration::from_secs(600);
+/// How often to try for one sample, and how often for the rig's run.
 const ATTEMPTS: u32 = 3;
 const RESULT: &str = "/out/samples.json";
 
@@ -33,10 +33,18 @@ pub fn measure(wanted: &[&str]) -> Result<Vec<Figure>> {
     spec.binaries = Some(target.join("release"));
     spec.timeout = TIMEOUT;
     spec.echo = true;
-    let outcome = rig.run(&spec).map_err(|error| match error {
-        RigError::Failed(failed) => anyhow::anyhow!("{failed}; run the benchmark again"),
-        RigError::Setup(error) => error,
-    })?;
+    let mut attempt = 1;
+    let outcome = loop {
+        match rig.run(&spec) {
+            Ok(outcome) => break outcome,
+            Err(RigError::Failed(failed)) if attempt < ATTEMPTS => {
+                eprintln!("attempt {attempt} of {ATTEMPTS}: {failed}; trying again");
+                attempt += 1;
+            }
+            Err(RigError::Failed(failed)) => bail!("{failed}; run the benchmark again"),
+            Err(RigError::Setup(error)) => return Err(error),
+        }
+    };
     if outcome.status != 0 {
         bail!("the rig's benchmarks failed with status {}", outcome.status);
     }

@@ -73,6 +73,10 @@ const KEPT: usize = 48;
 const FLOWS: u16 = 16;
 /// Longest wait in one step; whoever stops the load waits for it.
 const NAP_MS: u16 = 20;
+/// Steps for which the network does not read now and then.
+const DEAF_STEPS: u32 = 200;
+/// A nap counts for so many of them: some 80 ms at most, longer than a server that is replaced waits for the network.
+const DEAF_STEPS_OF_NAP: u32 = 50;
 /// Limit: how long an interrupt may take after what it tells of.
 const INTERRUPT_DELAY: Duration = Duration::from_secs(1);
 /// Limit: how long nothing at all may move while the load runs. A server that has missed a wake-up is found by it.
@@ -307,7 +311,7 @@ impl Load {
             moved = true;
         }
         if self.deaf == 0 && self.random.below(500) == 0 {
-            self.deaf = 200;
+            self.deaf = DEAF_STEPS;
         }
         Ok(moved)
     }
@@ -525,6 +529,7 @@ impl Load {
     ///
     /// If nothing comes although there is something in a ring, a guest without a clock would sleep for ever.
     pub fn nap(&mut self) -> Result<(), LoadError> {
+        self.deaf = self.deaf.saturating_sub(DEAF_STEPS_OF_NAP);
         for channel in &mut self.driver.channels {
             // Unmasks, and looks once more; the deadline is over before it would wait.
             if channel.wait(Instant::now())? {

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use vmbus::channel::Port;
+use vmbus::ipc::is_end_of_peer;
 use vmbus::ipc::server_start::Start;
 use vmbus::journal::Journal;
 use vmbus::mem::Uring;
@@ -20,6 +21,8 @@ use vmbus::record::Recorder;
 pub fn main() -> ExitCode {
     match serve() {
         Ok(status) => status,
+        // The VM is over, however far this server has come.
+        Err(error) if error.chain().any(is_end_of_peer) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bulkhead-block: {error:#}");
             ExitCode::FAILURE
@@ -33,8 +36,8 @@ fn serve() -> Result<ExitCode> {
     match prepare(&mut start, jail) {
         Ok(room) => room.run(start).map(|()| ExitCode::SUCCESS),
         Err(error) => {
-            // The supervisor tells it: one sentence, once.
-            start.fail(format!("{error:#}"))?;
+            // The supervisor tells it: one sentence, once. If that is gone, nobody asks any more.
+            start.fail(format!("{error:#}")).ok();
             Ok(ExitCode::FAILURE)
         }
     }

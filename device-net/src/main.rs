@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use vmbus::channel::Port;
 use vmbus::ipc::PeerFault;
+use vmbus::ipc::is_end_of_peer;
 use vmbus::ipc::server_start::Start;
 use vmbus::journal::Journal;
 use vmbus::record::Recorder;
@@ -21,6 +22,8 @@ use vmbus::record::Recorder;
 pub fn main() -> ExitCode {
     match serve() {
         Ok(status) => status,
+        // The VM is over, however far this server has come.
+        Err(error) if error.chain().any(is_end_of_peer) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bulkhead-net: {error:#}");
             ExitCode::FAILURE
@@ -34,8 +37,8 @@ fn serve() -> Result<ExitCode> {
     match prepare(&mut start, jail) {
         Ok(room) => room.run(start).map(|()| ExitCode::SUCCESS),
         Err(error) => {
-            // The supervisor tells it: one sentence, once.
-            start.fail(format!("{error:#}"))?;
+            // The supervisor tells it: one sentence, once. If that is gone, nobody asks any more.
+            start.fail(format!("{error:#}")).ok();
             Ok(ExitCode::FAILURE)
         }
     }

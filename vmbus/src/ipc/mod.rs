@@ -51,6 +51,12 @@ pub use messages::{
 };
 pub use socket::{SendError, Socket, pair};
 
+/// Whether an error is just this: a peer has closed its end, or died.
+pub fn is_end_of_peer(error: &(dyn std::error::Error + 'static)) -> bool {
+    matches!(error.downcast_ref(), Some(PeerFault::Eof))
+        || matches!(error.downcast_ref(), Some(SendError::Disconnected))
+}
+
 /// What another process of ours did wrong. The reaction is always the same: drop the connection to it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerFault {

@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -94,6 +95,27 @@ impl Link {
             return Ok(None);
         }
         self.socket.recv()
+    }
+
+    /// Whether messages wait for the peer.
+    pub fn has_queued(&self) -> bool {
+        self.socket.has_queued()
+    }
+
+    /// For the last words: waits until the peer has taken what waits for it, but not longer than that.
+    pub fn drain(&mut self, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        while self.socket.flush().is_ok() && self.socket.has_queued() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+            let room = poll(
+                &mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)],
+                timeout,
+            );
+            if room == Ok(0) {
+                return;
+            }
+        }
     }
 
     fn watch_room(&mut self) -> Result<(), SendError> {

@@ -15,6 +15,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
@@ -30,6 +31,8 @@ use crate::kvm::{Event, Kick, Vcpu};
 const EVENTS_PER_WAKE: usize = 16;
 /// Limit: messages of `bulkhead-bus` before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
+/// Limit: for the supervisor, which we trust, to take our last words.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// What woke the control thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,6 +161,7 @@ impl Control {
         };
         self.stop_processors();
         self.report(&VcpuToSupervisor::Exited { cause: cause.clone() });
+        self.shared.machine().supervisor.drain(LAST_WORDS);
         self.writer.finish();
         cause
     }

@@ -78,6 +78,8 @@ impl Machine {
     /// WRMSR by a vCPU.
     pub fn write_msr(&mut self, vp: u16, msr: u32, value: u64) -> Result<(), GeneralProtection> {
         match self.partition.write_msr(vp, msr, value)? {
+            // A guest may crash without end; what else there is to say must not lack room for that.
+            Ok(Some(_)) if self.supervisor.has_queued() => {}
             Ok(Some(crash)) => {
                 let (parameters, text) = (crash.parameters, crash.text);
                 self.report(&VcpuToSupervisor::GuestCrash { parameters, text });

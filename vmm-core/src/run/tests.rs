@@ -266,6 +266,37 @@ fn a_crash_is_reported_with_the_guest_s_text() {
 }
 
 #[test]
+fn a_guest_that_crashes_without_end_leaves_room_for_the_last_words() {
+    let Some(mut bench) = Bench::new() else { return };
+    for _ in 0..2 * vmbus::ipc::socket::MAX_QUEUED_MESSAGES {
+        let written = bench.shared.machine().write_msr(0, msr::CRASH_CTL, 3 << 62);
+        assert!(written.is_ok());
+    }
+    let cause = vmbus::ipc::ExitCause::PowerOff;
+    let shared = bench.shared.clone();
+    shared.machine().report(&VcpuToSupervisor::Exited { cause });
+    // Nobody reads: it does not wait for ever.
+    shared.machine().supervisor.drain(std::time::Duration::ZERO);
+    let draining = thread::spawn(move || shared.machine().supervisor.drain(PATIENCE));
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let mut crashes = 0;
+    loop {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "no last word after {crashes} crashes"
+        );
+        match bench.supervisor.recv::<VcpuToSupervisor>().expect("it speaks") {
+            Some((VcpuToSupervisor::GuestCrash { .. }, _)) => crashes += 1,
+            Some((VcpuToSupervisor::Exited { .. }, _)) => break,
+            Some((other, _)) => panic!("{other:?}"),
+            None => thread::yield_now(),
+        }
+    }
+    draining.join().expect("it returns");
+    assert!(crashes > 0);
+}
+
+#[test]
 fn a_guest_that_only_spins_can_be_stopped() {
     let Some(mut bench) = Bench::new() else { return };
     // jmp to itself, behind a word to us.

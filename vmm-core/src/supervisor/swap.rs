@@ -122,7 +122,8 @@ impl Supervisor {
             .as_ref()
             .is_some_and(|successor| successor.is_prepared());
         let serves = matches!(room.server, Server::Running { .. });
-        if room.swap.is_none() || !prepared || !serves || room.told_to_stop.is_some() {
+        let is_over = !matches!(self.phase, Phase::Running);
+        if is_over || room.swap.is_none() || !prepared || !serves || room.told_to_stop.is_some() {
             return;
         }
         let generation = room.generation;

@@ -105,15 +105,23 @@ fn is_refused(place: &Place, mut adopter: Running, sentence: &str) {
     assert_eq!(refused.stderr, format!("bulkhead: {sentence}\n"));
 }
 
-fn the_vm_of_another_user_is_not_adopted() {
+/// A VM whose supervisor was killed, and its server, for a test that gives it to another user.
+fn orphan_of_root() -> Option<(Place, i32)> {
     if !geteuid().is_root() {
-        println!("SKIP supervisor: only root can give a VM's folder to another user");
-        return;
+        println!("SKIP supervisor: only root can be another user, and give a VM's folder to one");
+        return None;
     }
     let place = Place::new();
     let supervisor = started(&place, "memory=1M");
     let server = process(&place, "disk0");
     supervisor.kill();
+    Some((place, server))
+}
+
+fn the_vm_of_another_user_is_not_adopted() {
+    let Some((place, server)) = orphan_of_root() else {
+        return;
+    };
     let folder = place.path("run/vm");
     let give = |user| chown(Path::new(&folder), Some(user), None).expect("we are root");
     give(65534);
@@ -130,14 +138,9 @@ fn the_vm_of_another_user_is_not_adopted() {
 
 /// As if the folder had been opened to somebody: the keeper itself looks at who comes.
 fn a_keeper_gives_nothing_to_another_user() {
-    if !geteuid().is_root() {
-        println!("SKIP supervisor: only root can be another user");
+    let Some((place, server)) = orphan_of_root() else {
         return;
-    }
-    let place = Place::new();
-    let supervisor = started(&place, "memory=1M");
-    let server = process(&place, "disk0");
-    supervisor.kill();
+    };
     let folder = place.path("run/vm");
     let open = |path: &Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("it is ours");

@@ -3,6 +3,7 @@
 //! hold after each step, whatever guest and servers do.
 
 mod conversations;
+mod floods;
 mod ports;
 mod random;
 mod servers;

@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmbus::ipc::{PeerFault, Socket};
 
 use crate::spec::Name;
-use crate::supervisor::control::{Reply, Request, connect_to};
+use crate::supervisor::control::{MAX_CLIENTS, Reply, Request, connect_to};
 use crate::supervisor::folder::{base, control_socket};
 use crate::supervisor::keeper::is_orphaned;
 
@@ -130,7 +130,9 @@ pub(super) fn receive_within(socket: &mut Socket, patience: Duration) -> Result<
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("the VM's supervisor does not answer");
+            bail!(
+                "the VM's supervisor does not answer: if {MAX_CLIENTS} commands talk to it already (events --follow does), end one of them"
+            );
         }
         let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout) {

@@ -55,16 +55,16 @@ impl Supervisor {
     }
 
     pub(super) fn sources(&self) -> Vec<(Source, PollFd<'_>)> {
-        let mut list = vec![
-            (
-                Source::Signals,
-                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            ),
-            (
+        let mut list = vec![(
+            Source::Signals,
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+        )];
+        if self.has_room_for_client() {
+            list.push((
                 Source::Listener,
                 PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
-            ),
-        ];
+            ));
+        }
         if let Some(stdin) = self.input.wants_typed() {
             list.push((Source::Typed, PollFd::new(stdin, PollFlags::POLLIN)));
         }

@@ -38,16 +38,21 @@ impl Supervisor {
 
     pub(super) fn on_new_client(&mut self) {
         // A listener that fails will fail again; the VM needs none.
-        while let Ok(Some(socket)) = self.listener.accept() {
-            if self.clients.len() < MAX_CLIENTS {
-                self.clients.push(Client {
-                    socket,
-                    waits_for_inspection: false,
-                    waits_for_swap: None,
-                    follows: false,
-                });
-            }
+        while self.has_room_for_client()
+            && let Ok(Some(socket)) = self.listener.accept()
+        {
+            self.clients.push(Client {
+                socket,
+                waits_for_inspection: false,
+                waits_for_swap: None,
+                follows: false,
+            });
         }
+    }
+
+    /// One more waits in the listener's backlog until somebody has gone.
+    pub(super) fn has_room_for_client(&self) -> bool {
+        self.clients.len() < MAX_CLIENTS
     }
 
     /// A number may name another client than the one whose event it was, if one before it has just gone: it is only

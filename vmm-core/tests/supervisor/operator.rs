@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use vmbus::ipc::{PeerFault, Socket};
 use vmm_core::supervisor::chronicle::{Entry, Event, read_after};
-use vmm_core::supervisor::control::{Reply, Request};
+use vmm_core::supervisor::control::{MAX_CLIENTS, Reply, Request};
 use vmm_core::supervisor::{crash_report, oom};
 
 use super::place::{PATIENCE, Place, Running};
@@ -44,6 +45,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "who_follows_the_events_hears_of_each_and_of_the_end",
         who_follows_the_events_hears_of_each_and_of_the_end,
+    ),
+    (
+        "one_person_more_than_a_supervisor_listens_to_waits_for_his_turn",
+        one_person_more_than_a_supervisor_listens_to_waits_for_his_turn,
     ),
     (
         "the_command_that_follows_events_goes_on_with_the_next_supervisor_or_says_that_there_is_none",
@@ -339,6 +344,41 @@ fn who_follows_the_events_hears_of_each_and_of_the_end() {
     for name in ["started", "death", "restart", "serving", "ending"] {
         let field = format!("\"event\":\"{name}\"");
         assert_eq!(heard.matches(&field).count(), 1, "{name} in {heard}");
+    }
+}
+
+/// Whoever turned it away would be asked again by it at once, and again.
+fn one_person_more_than_a_supervisor_listens_to_waits_for_his_turn() {
+    let place = Place::new();
+    let running = with_disk(&place, "");
+    let mut crowd: Vec<Socket> = (0..MAX_CLIENTS).map(|_| place.connect()).collect();
+    for socket in &mut crowd {
+        socket.send(&Request::Status, &[]).expect("sent");
+        assert!(matches!(heard(socket), Ok(Reply::Status { .. })));
+    }
+    let mut last = place.connect();
+    last.send(&Request::Status, &[]).expect("sent");
+    // The others are served meanwhile, and he is not sent away.
+    for socket in &mut crowd {
+        socket.send(&Request::Status, &[]).expect("sent");
+        assert!(matches!(heard(socket), Ok(Reply::Status { .. })));
+    }
+    assert!(matches!(last.recv::<Reply>(), Ok(None)));
+    drop(crowd.pop());
+    assert!(matches!(heard(&mut last), Ok(Reply::Status { .. })));
+    drop((crowd, last));
+    stop(&place, running);
+}
+
+/// The next answer.
+fn heard(socket: &mut Socket) -> Result<Reply, PeerFault> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some((reply, _)) = socket.recv::<Reply>()? {
+            return Ok(reply);
+        }
+        assert!(Instant::now() < deadline, "no answer");
+        std::thread::yield_now();
     }
 }
 

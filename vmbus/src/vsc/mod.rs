@@ -86,8 +86,11 @@ fn wait_until(fd: impl AsFd, deadline: Instant) -> Result<bool, HostError> {
 fn wait_any(fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<bool, HostError> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // Rounded up, so that a poll does not return just before the deadline over and over.
-        let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+        let timeout = match left.is_zero() {
+            true => PollTimeout::ZERO,
+            // Rounded up, so that a poll does not return just before the deadline over and over.
+            false => PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX),
+        };
         let mut polled: Vec<PollFd<'_>> = fds.iter().map(|&fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut polled, timeout) {
             Ok(0) if Instant::now() >= deadline => return Ok(false),

@@ -1,6 +1,6 @@
 //! Verified load on a disk: what every block of every place must hold is known at any time.
 //!
-//! Each channel has places of its own on the disk, so its thread alone decides what they hold. A place with a request
+//! Each channel has places of its own on the disk, and alone decides what they hold. A place with a request
 //! under way is left alone by others; a read is therefore right in one way only. Every 4 KiB block carries its place
 //! and the number of the write that put it there ([`super::pattern`]).
 //!
@@ -19,6 +19,8 @@ use super::timeline::{Life, Timeline};
 use super::{DEPTH, PATIENCE};
 use anyhow::{Context, Result};
 use device_block::vsc::{Command, Initiator, Reply};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,8 +35,15 @@ const PLACES: u64 = 512;
 /// Blocks of the longest request.
 const MOST_BLOCKS: u64 = 4;
 
+/// Bytes of the longest request.
+const MOST_BYTES: usize = MOST_BLOCKS as usize * BLOCK_BYTES;
+
+/// What is where a read is going to put its data: whatever the device does not write shows.
+static UNREAD: [u8; MOST_BYTES] = [0xDD; MOST_BYTES];
+
 /// How often a thread that hears nothing looks at the age of its requests.
 const LOOK: Duration = Duration::from_millis(500);
+const LOOK_MS: u16 = LOOK.as_millis() as u16;
 
 /// Bytes of a disk for so many channels.
 pub fn disk_bytes(channels: u16) -> u64 {
@@ -90,6 +99,7 @@ enum Work {
 struct Request {
     work: Work,
     slot: u64,
+    /// When the server could see it; before that, when it was staged.
     sent: Instant,
 }
 
@@ -100,7 +110,7 @@ struct Place {
     busy: bool,
 }
 
-/// The thread of one channel.
+/// One channel, and what the disk must hold of it.
 pub struct Load<'a> {
     channel: usize,
     initiator: Initiator,
@@ -111,11 +121,73 @@ pub struct Load<'a> {
     faults: &'a Faults,
     timeline: &'a Timeline,
     random: Random,
+    /// Data on its way, [`MOST_BYTES`]: made once, because what the load costs, the servers under test lack.
+    buffer: Vec<u8>,
     places: Vec<Place>,
     free_slots: Vec<u64>,
+    /// Taken, when, and not checked yet.
+    answers: Vec<(u64, Reply, Instant)>,
     under_way: BTreeMap<u64, Request>,
     next_id: u64,
     next_sequence: u64,
+}
+
+/// Sends and checks on all channels until `stop` is set and everything is answered; then looks at every place.
+///
+/// One thread for all, as for a network interface: the guest's own threads, waiting for each other's processor, would look
+/// like a server that stalls.
+pub fn run(mut loads: Vec<Load<'_>>, faults: &Faults, stop: &AtomicBool) -> Result<String> {
+    if let Err(error) = send_and_take(&mut loads, stop) {
+        faults.count(Fault::Wrong, format_args!("{error:#}"));
+        return Ok(String::new());
+    }
+    for load in &mut loads {
+        load.look_at_all()?;
+    }
+    Ok(String::new())
+}
+
+/// Until nothing is under way and nothing is wanted, or something is lost.
+fn send_and_take(loads: &mut [Load<'_>], stop: &AtomicBool) -> Result<()> {
+    loop {
+        // Ordering: a flag; what it says needs nothing else to be seen.
+        let stopping = stop.load(Ordering::Relaxed);
+        let mut had_some = false;
+        for index in 0..loads.len() {
+            // Of all, before one is checked: what has come is not to look late because of that.
+            loads.iter_mut().try_for_each(Load::take)?;
+            had_some |= loads[index].turn(stopping)?;
+        }
+        if stopping && loads.iter().all(|load| load.under_way.is_empty()) {
+            return Ok(());
+        }
+        if !had_some && !nap(loads)? {
+            for load in &mut *loads {
+                if load.has_lost_one() || load.has_lost_interrupt()? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+/// Sleeps as a driver does, until anything comes. `false`: nothing has come for long.
+fn nap(loads: &mut [Load<'_>]) -> Result<bool> {
+    for load in &mut *loads {
+        // Unmasks, and looks once more; the deadline is over before it would wait.
+        if load.initiator.channel.wait(Instant::now())? {
+            return Ok(true);
+        }
+    }
+    let mut fds: Vec<_> = loads
+        .iter()
+        .map(|load| PollFd::new(load.initiator.channel.interrupt(), PollFlags::POLLIN))
+        .collect();
+    match poll(&mut fds, LOOK_MS) {
+        Ok(0) => Ok(false),
+        Ok(_) | Err(Errno::EINTR) => Ok(true),
+        Err(errno) => Err(errno).context("the load cannot wait for its interrupts"),
+    }
 }
 
 impl<'a> Load<'a> {
@@ -139,74 +211,75 @@ impl<'a> Load<'a> {
             faults,
             timeline,
             random: Random::new(seed, channel as u64),
+            buffer: vec![0; MOST_BYTES],
             places: vec![Place::default(); PLACES as usize],
             free_slots: (0..DEPTH).collect(),
+            answers: Vec::new(),
             under_way: BTreeMap::new(),
             next_id: 1,
             next_sequence: 1,
         })
     }
 
-    /// Sends and checks until `stop` is set and everything is answered; then looks at every place.
-    pub fn run(mut self, stop: &AtomicBool) -> Result<String> {
-        if let Err(error) = self.send_and_take(stop) {
-            self.wrong(format_args!("{error:#}"));
-        } else {
-            self.look_at_all()?;
-        }
-        Ok(String::new())
+    /// Takes the answers that are there, to be checked by [`Self::turn`].
+    fn take(&mut self) -> Result<()> {
+        let answers = &mut self.answers;
+        self.initiator
+            .collect_ready(2 * DEPTH as usize, |id, reply| {
+                answers.push((id, reply, Instant::now()))
+            })
+            .with_context(|| format!("channel {}", self.channel))?;
+        Ok(())
     }
 
-    /// Sends what there is room for and takes what is there, until nothing is under way and nothing is wanted.
-    fn send_and_take(&mut self, stop: &AtomicBool) -> Result<()> {
-        loop {
-            // Ordering: a flag; what it says needs nothing else to be seen.
-            let stopping = stop.load(Ordering::Relaxed);
-            if !stopping {
-                while let Some(slot) = self.free_slots.pop() {
-                    self.send(slot)?;
-                }
-            }
-            self.initiator.channel.flush()?;
-            let mut answers = Vec::new();
-            self.initiator
-                .collect_ready(2 * DEPTH as usize, |id, reply| answers.push((id, reply)))?;
-            let done = Instant::now();
-            let mut lives = Vec::new();
-            for (id, reply) in &answers {
-                self.on_answer(*id, reply, done, &mut lives)?;
-            }
-            let oldest = self.under_way.values().map(|request| request.sent).min();
-            self.timeline
-                .report(self.channel, &lives, oldest, self.under_way.len());
-            if stopping && self.under_way.is_empty() {
-                return Ok(());
-            }
-            if answers.is_empty()
-                && !self.initiator.channel.wait(Instant::now() + LOOK)?
-                && (self.has_lost_one() || self.has_lost_interrupt()?)
-            {
-                return Ok(());
-            }
+    /// Checks what was taken, and sends what there is room for unless `stopping`. Whether there was anything to check.
+    fn turn(&mut self, stopping: bool) -> Result<bool> {
+        let mut answers = std::mem::take(&mut self.answers);
+        let had_some = !answers.is_empty();
+        let mut lives = Vec::with_capacity(answers.len());
+        for (id, reply, done) in answers.drain(..) {
+            self.on_answer(id, &reply, done, &mut lives)?;
         }
+        self.answers = answers;
+        if !stopping {
+            self.send_all()?;
+        }
+        let oldest = self.under_way.values().next().map(|request| request.sent);
+        self.timeline
+            .report(self.channel, &lives, oldest, self.under_way.len());
+        Ok(had_some)
     }
 
-    fn send(&mut self, slot: u64) -> Result<()> {
-        let page = Gpa(self.pages.0 + slot * MOST_BLOCKS * BLOCK_BYTES as u64);
+    /// Sends what there is room for.
+    fn send_all(&mut self) -> Result<()> {
+        let first = self.next_id;
+        while let Some(slot) = self.free_slots.pop() {
+            self.stage(slot)?;
+        }
+        let now = Instant::now();
+        for (_, request) in self.under_way.range_mut(first..) {
+            request.sent = now;
+        }
+        Ok(self.initiator.channel.flush()?)
+    }
+
+    fn stage(&mut self, slot: u64) -> Result<()> {
+        let page = self.page(slot);
         let work = self.choose();
         let bytes = |blocks: u64| blocks as u32 * BLOCK_BYTES as u32;
         let command = match &work {
             Work::Read { first, blocks } => {
-                // Whatever the device does not write shows.
-                self.ram.write(page, &vec![0xDD; bytes(*blocks) as usize])?;
+                self.ram.write(page, &UNREAD[..bytes(*blocks) as usize])?;
                 Command::read(0, self.offset(*first), page, bytes(*blocks))
             }
             Work::Write { first, sequences } => {
-                let mut data = vec![0; sequences.len() * BLOCK_BYTES];
-                for (index, block) in data.chunks_exact_mut(BLOCK_BYTES).enumerate() {
-                    pattern::fill(block, self.number(*first + index as u64), sequences[index]);
+                let number = self.number(*first);
+                let data = &mut self.buffer[..sequences.len() * BLOCK_BYTES];
+                let blocks = data.chunks_exact_mut(BLOCK_BYTES);
+                for ((number, block), sequence) in (number..).zip(blocks).zip(sequences) {
+                    pattern::fill(block, number, *sequence);
                 }
-                self.ram.write(page, &data)?;
+                self.ram.write(page, data)?;
                 let (offset, length) = (self.offset(*first), bytes(sequences.len() as u64));
                 match self.random.below(8) {
                     0 => Command::write_durable(0, offset, page, length),
@@ -288,10 +361,9 @@ impl<'a> Load<'a> {
         }
         match work {
             Work::Read { first, blocks } => {
-                let page = Gpa(self.pages.0 + slot * MOST_BLOCKS * BLOCK_BYTES as u64);
-                let mut data = vec![0; blocks as usize * BLOCK_BYTES];
-                self.ram.read(page, &mut data)?;
-                self.check(first, &data, "a read");
+                let page = self.page(slot);
+                self.ram.read(page, &mut self.buffer[..bytes as usize])?;
+                self.check(first, blocks, "a read");
                 self.release(first, blocks);
             }
             Work::Write { first, sequences } => {
@@ -302,18 +374,18 @@ impl<'a> Load<'a> {
                 {
                     place.sequence = *sequence;
                 }
-                self.after_change(first, sequences.len() as u64, "an answered write")?;
+                self.after_change(first, sequences.len() as u64, "the file after an answered write")?;
             }
             Work::Unmap { first, blocks } => {
                 self.span(first, blocks)
                     .iter_mut()
                     .for_each(|place| place.sequence = 0);
-                self.after_change(first, blocks, "an answered unmap")?;
+                self.after_change(first, blocks, "the file after an answered unmap")?;
             }
             Work::Flush => {
                 let place = self.random.below(PLACES);
                 if self.span(place, 1).iter().all(|place| !place.busy) {
-                    self.look_at_file(place, 1, "a flush")?;
+                    self.look_at_file(place, 1, "the file after a flush")?;
                 }
             }
         }
@@ -330,17 +402,17 @@ impl<'a> Load<'a> {
     }
 
     fn look_at_file(&mut self, first: u64, blocks: u64, after: &str) -> Result<()> {
-        let mut data = vec![0; blocks as usize * BLOCK_BYTES];
+        let offset = self.offset(first);
         self.file
-            .read_exact_at(&mut data, self.offset(first))
+            .read_exact_at(&mut self.buffer[..blocks as usize * BLOCK_BYTES], offset)
             .context("the disk's file cannot be read")?;
-        self.check(first, &data, &format!("the file after {after}"));
+        self.check(first, blocks, after);
         Ok(())
     }
 
-    fn check(&mut self, first: u64, data: &[u8], what: &str) {
-        for (index, block) in data.chunks_exact(BLOCK_BYTES).enumerate() {
-            let place = first + index as u64;
+    /// Checks so many blocks in the buffer.
+    fn check(&self, first: u64, blocks: u64, what: &str) {
+        for (place, block) in (first..first + blocks).zip(self.buffer.chunks_exact(BLOCK_BYTES)) {
             let sequence = self.places[place as usize].sequence;
             if let Err(why) = pattern::check(block, self.number(place), sequence) {
                 self.wrong(format_args!("{what}: {why}"));
@@ -392,7 +464,7 @@ impl<'a> Load<'a> {
             return Ok(());
         }
         for first in (0..PLACES).step_by(MOST_BLOCKS as usize) {
-            self.look_at_file(first, MOST_BLOCKS, "the end")?;
+            self.look_at_file(first, MOST_BLOCKS, "the file at the end")?;
             let command = Command::read(
                 0,
                 self.offset(first),
@@ -405,11 +477,14 @@ impl<'a> Load<'a> {
                     "the last look at place {first} is answered with {reply:?}"
                 ));
             }
-            let mut data = vec![0; MOST_BLOCKS as usize * BLOCK_BYTES];
-            self.ram.read(self.pages, &mut data)?;
-            self.check(first, &data, "the last read");
+            self.ram.read(self.pages, &mut self.buffer)?;
+            self.check(first, MOST_BLOCKS, "the last read");
         }
         Ok(())
+    }
+
+    fn page(&self, slot: u64) -> Gpa {
+        Gpa(self.pages.0 + slot * MOST_BYTES as u64)
     }
 
     fn span(&mut self, first: u64, blocks: u64) -> &mut [Place] {

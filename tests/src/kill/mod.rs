@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   harness (this process)                                   real processes
-//!     load: one thread a channel ══ rings, kicks, interrupts ══╗
+//!     load: one thread for all ═══ rings, kicks, interrupts ═══╗
 //!     host: plays bulkhead-bus  ═══ "bus" socket ═════════ bulkhead-block or bulkhead-net, sandboxed
 //!       ╚═══════ supervisor's socket ════════ bulkhead run        ▲ starts, watches, fences, starts again
 //!     killer: one thread ── SIGKILL by pidfd ─────────────────────┘

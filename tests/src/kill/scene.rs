@@ -82,10 +82,13 @@ pub fn play(
     match plan.kind {
         ServerKind::Block => {
             let initiators = block::open_channels(&mut host, CHANNELS, &faults)?;
+            let mut loads = Vec::new();
             for (channel, initiator) in initiators.into_iter().enumerate() {
-                let load = block::Load::new(&mut host, channel, initiator, &image, shared, plan.seed)?;
-                jobs.push(Box::new(|stop| load.run(stop)));
+                loads.push(block::Load::new(
+                    &mut host, channel, initiator, &image, shared, plan.seed,
+                )?);
             }
+            jobs.push(Box::new(|stop| block::run(loads, &faults, stop)));
         }
         ServerKind::Net => {
             let network = vm.network()?;

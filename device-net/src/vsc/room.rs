@@ -176,6 +176,7 @@ fn launch(
     let (bus, child_bus) = vmbus::ipc::pair().map_err(std::io::Error::from)?;
     let child = sandbox::spawn(Spawn {
         program: program.to_owned(),
+        file: None,
         args: Vec::new(),
         env: Vec::new(),
         fds: vec![(child_control, sandbox::sys::fds::CONTROL)],

@@ -34,6 +34,8 @@ const MAX_TARGET: RawFd = 511;
 #[derive(Debug)]
 pub struct Spawn {
     pub program: PathBuf,
+    /// The program, held open whatever has its name by now (`O_PATH` is enough); `None`: the file that has its name.
+    pub file: Option<OwnedFd>,
     /// Without the program's name, which is put in front.
     pub args: Vec<OsString>,
     /// The whole environment: nothing is inherited.
@@ -323,12 +325,11 @@ fn write_maps(pid: Pid, (uid, gid): (u32, u32), caller_is_root: bool) -> io::Res
 
 fn open_program(spec: &Spawn, identity: Option<(u32, u32)>) -> Result<OwnedFd, SpawnError> {
     let path = || spec.program.clone();
-    let program = open(&spec.program, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|errno| {
-        SpawnError::Program {
-            path: path(),
-            error: errno.into(),
-        }
-    })?;
+    let opened = match &spec.file {
+        Some(file) => file.try_clone(),
+        None => open(&spec.program, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from),
+    };
+    let program = opened.map_err(|error| SpawnError::Program { path: path(), error })?;
     if let Some((uid, _)) = identity {
         let executable = launch::is_executable_by_others(program.as_fd())
             .map_err(|error| SpawnError::Program { path: path(), error })?;

@@ -59,6 +59,7 @@ pub fn run(words: &[&str]) -> i32 {
     let arguments = ["child", &options].into_iter().chain(deeds.iter().copied());
     let spec = Spawn {
         program: std::env::current_exe().expect("this program has a path"),
+        file: None,
         args: arguments.map(OsString::from).collect(),
         env: vec![("ONLY".into(), "this".into())],
         fds: vec![(theirs, 3), (extra.into(), 9)],

@@ -79,6 +79,7 @@ fn end_of(server: Server, gone: Gone) -> Option<(ExitCause, String)> {
     let mut supervisor = PlayedSupervisor::new(control);
     let mut child = sandbox::spawn(Spawn {
         program: programs.join(server.program),
+        file: None,
         args: Vec::new(),
         env: Vec::new(),
         fds: vec![(child_control, sandbox::sys::fds::CONTROL)],

@@ -51,8 +51,8 @@ The new server is started, locks itself in and has the guest's memory before the
 stop.
 
 If servers of another FILE die three times before one has run for ten seconds, the device goes back
-to the file before, once. bulkhead events tells of it, and gave-up= in bulkhead device list. There
-is no going back to a file that was overwritten or replaced: give a new program a new name.
+to the file before, once, also if both have the same name. bulkhead events tells of it, and gave-up=
+in bulkhead device list. Put a new file in place by a rename, as package managers do.
 
 Exit status:
   0      the new server serves; the sentence says since when the guest's requests had waited

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -26,6 +26,7 @@ use super::keeper::{FromKeeper, LISTENER, LOOKS, PAUSE, ToKeeper, first_word, re
 use super::oom::OomWatch;
 use super::policy::History;
 use super::process::Process;
+use super::program::Program;
 use super::report::{Outcome, say};
 use super::room::{RoomState, Server, ServerSettings};
 use super::saved::{self, SavedProcess, SavedRoom, SavedServer, Texts};
@@ -144,6 +145,14 @@ impl Given {
         Ok(process)
     }
 
+    /// A program whose file was held as this part of a device.
+    fn program(&mut self, device: &str, part: &str, path: Option<PathBuf>) -> Option<Program> {
+        Some(Program::adopt(
+            path?,
+            self.kept.remove(&format!("{device}.{part}")),
+        ))
+    }
+
     /// Whether all is there without which nothing can be made.
     fn check(&self, rooms: &[SavedRoom]) -> Result<()> {
         let mut names: Vec<String> = [
@@ -228,9 +237,10 @@ impl Given {
             held: backend.map(|fd| Held::adopt(&saved.plan.backend, fd)),
             journal: self.take(&format!("{name}.journal"))?,
             plan: saved.plan,
-            program: saved.program,
-            before: saved.before,
-            gave_up: saved.gave_up,
+            program: Program::adopt(saved.program, self.kept.remove(&format!("{name}.program"))),
+            before: self.program(&name, "before", saved.before),
+            gave_up: self.program(&name, "gave-up", saved.gave_up),
+            next: self.program(&name, "next", saved.next),
             server,
             generation: saved.generation,
             told_to_stop: saved.told_to_stop.then(Instant::now),

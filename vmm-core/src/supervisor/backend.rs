@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -255,6 +255,7 @@ fn start_passt(mtu: u16) -> Result<(OwnedFd, Process)> {
     args.extend(["--mtu".into(), mtu.to_string().into()]);
     let child = sandbox::spawn(Spawn {
         program,
+        file: None,
         args,
         env: Vec::new(),
         fds: vec![(theirs, 3)],
@@ -273,19 +274,6 @@ fn find_program(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path)
         .map(|folder| folder.join(name))
         .find(|candidate| candidate.is_file())
-}
-
-/// Looks at a program that a person names for a device's servers.
-pub fn check_program(path: &Path) -> Result<()> {
-    let shown = path.display();
-    let metadata = std::fs::metadata(path).with_context(|| format!("cannot find the program {shown}"))?;
-    if !metadata.is_file() {
-        bail!("{shown} is no program: it is not a regular file");
-    }
-    if metadata.permissions().mode() & 0o111 == 0 {
-        bail!("the program {shown} is not executable: chmod +x it");
-    }
-    Ok(())
 }
 
 /// Refuses a guest that is larger than this host: it would run until the memory is used up, and be killed then.

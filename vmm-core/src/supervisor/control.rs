@@ -70,6 +70,8 @@ pub struct DeviceLine {
     pub successor: Option<(String, u32, i32)>,
     /// The program that it was swapped to last, if that was given up.
     pub gave_up: Option<String>,
+    /// Another file has the program's name by now, or none.
+    pub replaced: bool,
 }
 
 /// What the supervisor answers.
@@ -122,6 +124,9 @@ impl std::fmt::Display for DeviceLine {
             None => f.write_str(" successor=none")?,
         }
         write!(f, " program={program}")?;
+        if self.replaced {
+            f.write_str(" replaced=yes")?;
+        }
         match &self.gave_up {
             Some(program) => write!(f, " gave-up={program}"),
             None => Ok(()),

@@ -6,38 +6,44 @@
 //! servers die; afterwards it is given up where the device would be held. The program before is then all that is left,
 //! and if that fails, too, the device is held.
 
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use super::Supervisor;
 use super::chronicle::Event;
+use super::program::Program;
 use super::report::say;
-use super::room::{RoomState, Server, ServerSettings};
+use super::room::{RoomState, Server};
 use super::timers::Timer;
-use super::{Supervisor, backend};
 
 impl RoomState {
-    /// The file that servers are started from.
-    pub fn program_path(&self, settings: &ServerSettings) -> PathBuf {
-        let own = || settings.programs.join(self.plan.program.file_name());
-        self.program.clone().unwrap_or_else(own)
-    }
-
-    /// A swap is done. `program`: to another program than that of the servers so far.
-    pub(super) fn begin_trial(&mut self, program: Option<PathBuf>, settings: &ServerSettings) {
+    /// A swap is done.
+    pub(super) fn begin_trial(&mut self) {
         // The deaths were those of the servers before.
         self.history.forget();
-        let present = self.program_path(settings);
-        if let Some(program) = program.filter(|program| *program != present) {
+        let Some(next) = self.next.take() else {
+            return;
+        };
+        let present = std::mem::replace(&mut self.program, next);
+        if !present.is(&self.program) {
             self.history.begin_trial();
             self.before = Some(present);
             self.gave_up = None;
-            self.program = Some(program);
         }
     }
 
     /// A person has named the program: there is none to go back to.
-    pub(super) fn set_program(&mut self, program: PathBuf) {
-        (self.program, self.before, self.gave_up) = (Some(program), None, None);
+    pub(super) fn set_program(&mut self, program: Program) {
+        (self.program, self.before, self.gave_up) = (program, None, None);
+    }
+
+    /// A person has the device go on, perhaps with a file that was mended: that one is taken, unless it is the one that was
+    /// given up, or none.
+    pub(super) fn look_again(&mut self) {
+        if let Ok(found) = Program::open(&self.program.path)
+            && !self.gave_up.as_ref().is_some_and(|bad| bad.is(&found))
+        {
+            self.program = found;
+        }
     }
 }
 
@@ -50,18 +56,19 @@ impl Supervisor {
         let Some(before) = room.before.take() else {
             return self.hold(index, why);
         };
-        if let Err(error) = backend::check_program(&before) {
-            return self.hold(index, &format!("{why}, and there is no going back: {error:#}"));
-        }
-        let bad = room.program_path(&self.settings);
-        room.program = Some(before.clone());
+        let bad = std::mem::replace(&mut room.program, before.clone());
         room.gave_up = Some(bad.clone());
         room.history.forget();
         room.server = Server::Pausing;
         let device = room.plan.name.clone();
-        let shown = |path: &Path| path.display().to_string();
+        let shown = |program: &Program| program.path.display().to_string();
         let (from, to) = (shown(&bad), shown(&before));
-        say(&format!("{why}: {device} goes back from {from} to {to}"));
+        match from == to {
+            true => say(&format!(
+                "{why}: {device} goes back to the file that was {to} before the swap"
+            )),
+            false => say(&format!("{why}: {device} goes back from {from} to {to}")),
+        }
         let why = why.to_owned();
         self.note(Event::FellBack {
             device,

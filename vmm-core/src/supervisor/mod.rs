@@ -30,6 +30,7 @@
 //! | `backend.rs` | the one place where paths are opened |
 //! | `boot_plan.rs` | what goes into guest memory at power-on |
 //! | `process.rs` | a running child |
+//! | `program.rs` | what servers are started from |
 //! | `room.rs` | a device and its servers |
 //! | `events.rs` | the loop |
 //! | `successor.rs`, `swap.rs`, `standby.rs` | servers that wait, planned replacement, and standbys |
@@ -70,6 +71,7 @@ mod person;
 pub mod plan;
 pub mod policy;
 pub mod process;
+mod program;
 pub mod report;
 mod room;
 mod saved;
@@ -278,7 +280,7 @@ impl Supervisor {
         machine.push(("kvm", backend::open_kvm()?));
         let (to_bus, to_vcpu) = pair().context("cannot make a socket pair")?;
         machine.push(("bus", to_bus));
-        let mut rooms = room::open(&plan, spec)?;
+        let mut rooms = room::open(&plan, spec, &options.programs)?;
         let (input, console_in) = Input::new(&spec.console).context("cannot set up the console")?;
         machine.push(("console-in", console_in));
         let disks = rooms.iter().flat_map(room::RoomState::held).map(|(_, fd)| fd);

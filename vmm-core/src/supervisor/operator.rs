@@ -10,6 +10,7 @@ use super::chronicle::{Event, read_after};
 use super::control::{Reply, event_replies};
 use super::crash_report::{self, CrashReport};
 use super::process::Process;
+use super::program::Program;
 use super::report::{Outcome, say};
 use super::room::{Death, Server};
 use super::timers::Timer;
@@ -142,8 +143,10 @@ impl Supervisor {
         if !matches!(room.server, Server::Held) {
             return Reply::Refused(format!("{device} is not held"));
         }
-        if let Some(program) = program {
-            room.set_program(program);
+        match program.map(|program| Program::open(&program)) {
+            Some(Ok(program)) => room.set_program(program),
+            Some(Err(error)) => return Reply::Refused(format!("{error:#}")),
+            None => room.look_again(),
         }
         room.history.forget();
         room.server = Server::Pausing;

@@ -9,7 +9,7 @@ use super::console::{self, Command};
 use super::control::{MAX_CLIENTS, Reply, Request};
 use super::inspection::Client;
 use super::report::{Outcome, say};
-use super::room::Server;
+use super::room::{RoomState, Server};
 use super::{Phase, Supervisor};
 use vmbus::ipc::SupervisorToVcpu;
 
@@ -98,7 +98,7 @@ impl Supervisor {
                 }
             }
             Request::Devices => {
-                let lines = self.rooms.iter().map(|room| room.line(&self.settings));
+                let lines = self.rooms.iter().map(RoomState::line);
                 vec![Reply::Devices(lines.collect())]
             }
             Request::Stop => {

@@ -18,6 +18,8 @@ use nix::fcntl::OFlag;
 use sandbox::{Child, ExitCause, Identity, Lasting, Namespaces, Options, Profile, Spawn};
 use vmbus::ipc::{Message, PeerFault, Socket, pair};
 
+use super::program::Program;
+
 /// Limit: characters of a line; the rest of a longer one follows as another line.
 const MAX_LINE: usize = 1000;
 
@@ -44,21 +46,24 @@ pub struct Process {
 impl Process {
     /// Starts a program of ours with a jail, in which it locks itself. `index` tells the VM's processes apart.
     pub fn start(program: &Path, jail: (Profile, Options), index: u32) -> Result<Self> {
-        Self::launch(program, &[], (Namespaces::all(), None), jail, index)
+        let program = Program::named(program.to_owned());
+        Self::launch(&program, &[], (Namespaces::all(), None), jail, index)
     }
 
     /// The same with arguments, in these namespaces, of which some may have been made already.
     pub fn launch(
-        program: &Path,
+        program: &Program,
         args: &[&str],
         (namespaces, lasting): (Namespaces, Option<Arc<Lasting>>),
         jail: (Profile, Options),
         index: u32,
     ) -> Result<Self> {
+        let file = program.file().map(|file| file.try_clone_to_owned()).transpose();
         let (ours, theirs) = pair().context("cannot make a socket pair")?;
         let (log, stderr) = pipe().context("cannot make a pipe")?;
         let child = sandbox::spawn(Spawn {
-            program: program.to_owned(),
+            program: program.path.clone(),
+            file: file.context("cannot have another descriptor")?,
             args: args.iter().map(OsString::from).collect(),
             env: passed_on(),
             fds: vec![(theirs, sandbox::sys::fds::CONTROL)],
@@ -68,7 +73,7 @@ impl Process {
             identity: Identity::own(index),
             jail: Some(jail),
         })
-        .with_context(|| format!("cannot start {}", program.display()))?;
+        .with_context(|| format!("cannot start {}", program.path.display()))?;
         Ok(Process {
             child,
             control: Some(Socket::new(ours)),
@@ -366,6 +371,7 @@ mod tests {
     fn why_a_process_cannot_be_started_is_said_once() {
         let spawn = sandbox::spawn(sandbox::Spawn {
             program: "/nowhere/bulkhead-block".into(),
+            file: None,
             args: Vec::new(),
             env: Vec::new(),
             fds: Vec::new(),

@@ -23,6 +23,7 @@ use super::liveness::Probe;
 use super::plan::{Backend, Plan, Room};
 use super::policy::{Decision, History};
 use super::process::Process;
+use super::program::Program;
 use super::report;
 use super::standby::StandbyEnds;
 use super::successor::{Leaving, Successor};
@@ -33,12 +34,14 @@ use crate::spec::VmSpec;
 #[derive(Debug)]
 pub struct RoomState {
     pub plan: Room,
-    /// The servers' program, if it is not the one that came with `bulkhead`.
-    pub program: Option<PathBuf>,
+    /// The servers' program, held since the first one was started.
+    pub program: Program,
     /// That of the servers before the last swap, if it was another one: see `fallback.rs`.
-    pub before: Option<PathBuf>,
+    pub before: Option<Program>,
     /// The one of the last swap, if it was given up.
-    pub gave_up: Option<PathBuf>,
+    pub gave_up: Option<Program>,
+    /// That of the swap under way.
+    pub next: Option<Program>,
     pub server: Server,
     /// Of the server that is there, or was last; 0 before the first.
     pub generation: u32,
@@ -110,8 +113,8 @@ pub struct Death {
     pub report: CrashReport,
 }
 
-/// Opens the rooms of a plan; passt is started later.
-pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
+/// Opens the rooms of a plan; passt is started later. `programs`: where those that came with `bulkhead` are.
+pub fn open(plan: &Plan, spec: &VmSpec, programs: &Path) -> Result<Vec<RoomState>> {
     let mut rooms = Vec::new();
     for room in &plan.rooms {
         let held = match room.backend {
@@ -122,9 +125,10 @@ pub fn open(plan: &Plan, spec: &VmSpec) -> Result<Vec<RoomState>> {
             .map_err(|error| anyhow!("cannot make a journal: {error}"))?;
         rooms.push(RoomState {
             plan: room.clone(),
-            program: None,
+            program: Program::named(programs.join(room.program.file_name())),
             before: None,
             gave_up: None,
+            next: None,
             server: Server::Pausing,
             generation: 0,
             told_to_stop: None,
@@ -166,9 +170,19 @@ impl RoomState {
     /// What is held for all of its servers, each by the last part of its name for the keeper.
     pub fn held(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
         let backend = self.held.as_ref().map(|held| ("backend", held.as_fd()));
+        let programs = [
+            ("program", Some(&self.program)),
+            ("before", self.before.as_ref()),
+            ("gave-up", self.gave_up.as_ref()),
+            ("next", self.next.as_ref()),
+        ];
+        let programs = programs
+            .into_iter()
+            .filter_map(|(part, program)| Some((part, program?.file()?)));
         [("journal", self.journal.as_fd())]
             .into_iter()
             .chain(backend)
+            .chain(programs)
             .collect()
     }
 
@@ -200,8 +214,8 @@ impl RoomState {
 
     /// Starts the next server; returns the vCPU process's end of the socket between the two.
     pub fn start_server(&mut self, settings: &ServerSettings) -> Result<OwnedFd> {
-        let program = self.program.clone();
-        let (process, to_bus) = self.launch(program.as_deref(), settings)?;
+        self.program.hold()?;
+        let (process, to_bus) = self.launch(&self.program.clone(), settings)?;
         self.generation = self.newest;
         self.told_to_stop = None;
         self.server = Server::Running {
@@ -212,7 +226,6 @@ impl RoomState {
         Ok(to_bus)
     }
 
-    /// Starts a process of the next generation; `program`: another one than the one that came with `bulkhead`.
     /// What all servers of the device are born into; without it each one makes its own.
     fn lasting(&mut self) -> Option<Arc<Lasting>> {
         if self.lasting.is_none() && rustix::process::geteuid().is_root() {
@@ -221,19 +234,19 @@ impl RoomState {
         self.lasting.clone()
     }
 
+    /// Starts a process of the next generation.
     pub(super) fn launch(
         &mut self,
-        program: Option<&Path>,
+        program: &Program,
         settings: &ServerSettings,
     ) -> Result<(Process, OwnedFd)> {
         let held = self.held.as_ref().context("the backend is not open")?;
         let backend = held.for_server()?;
         let (to_server, to_bus) = pair().context("cannot make a socket pair")?;
-        let own = settings.programs.join(self.plan.program.file_name());
         let jail = (self.plan.program.profile(), settings.strictness);
         let index = self.plan.device.saturating_add(1);
         let namespaces = (Namespaces::all(), self.lasting());
-        let mut process = Process::launch(program.unwrap_or(&own), &[], namespaces, jail, index)?;
+        let mut process = Process::launch(program, &[], namespaces, jail, index)?;
         let generation = self.newest.saturating_add(1);
         let recorder =
             Recorder::new_memory().map_err(|error| anyhow!("cannot make a flight recorder: {error}"))?;
@@ -366,7 +379,7 @@ impl RoomState {
     }
 
     /// For `bulkhead device list`.
-    pub fn line(&self, settings: &ServerSettings) -> DeviceLine {
+    pub fn line(&self) -> DeviceLine {
         let (state, process) = match &self.server {
             // It is being killed.
             Server::Running {
@@ -387,8 +400,11 @@ impl RoomState {
         DeviceLine {
             name: self.plan.name.clone(),
             kind: self.plan.program.kind().to_owned(),
-            program: self.program_path(settings).display().to_string(),
-            gave_up: self.gave_up.as_ref().map(|path| path.display().to_string()),
+            program: self.program.path.display().to_string(),
+            gave_up: self
+                .gave_up
+                .as_ref()
+                .map(|program| program.path.display().to_string()),
             state: state.to_owned(),
             generation: self.generation,
             process: process.map(|process| process.child.pid.as_raw()),
@@ -396,6 +412,7 @@ impl RoomState {
                 let state = successor.state().to_owned();
                 (state, successor.generation, successor.process.child.pid.as_raw())
             }),
+            replaced: self.program.is_replaced(),
         }
     }
 

@@ -18,13 +18,14 @@ use super::keeper::STATE;
 use super::plan::Room;
 use super::policy::{Decision, History};
 use super::process::Process;
+use super::program::Program;
 use super::room::{RoomState, Server};
 use super::swap::Swap;
 use super::timers::Timers;
 use crate::spec::OnCrash;
 
 /// Changed with every change of what is saved, and of what the processes of a running VM are told.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,9 +52,10 @@ pub struct SavedVm {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedRoom {
     pub plan: Room,
-    pub program: Option<PathBuf>,
+    pub program: PathBuf,
     pub before: Option<PathBuf>,
     pub gave_up: Option<PathBuf>,
+    pub next: Option<PathBuf>,
     pub server: SavedServer,
     pub generation: u32,
     pub told_to_stop: bool,
@@ -155,6 +157,11 @@ fn saved(process: &Process, timers: &Timers) -> SavedProcess {
     }
 }
 
+/// Its file goes to the keeper.
+fn path_of(program: &Option<Program>) -> Option<PathBuf> {
+    program.as_ref().map(|program| program.path.clone())
+}
+
 fn save_room(room: &RoomState, timers: &Timers) -> SavedRoom {
     let server = match &room.server {
         Server::Running { process, ready, .. } => SavedServer::Running {
@@ -176,9 +183,10 @@ fn save_room(room: &RoomState, timers: &Timers) -> SavedRoom {
     };
     SavedRoom {
         plan: room.plan.clone(),
-        program: room.program.clone(),
-        before: room.before.clone(),
-        gave_up: room.gave_up.clone(),
+        program: room.program.path.clone(),
+        before: path_of(&room.before),
+        gave_up: path_of(&room.gave_up),
+        next: path_of(&room.next),
         server,
         generation: room.generation,
         told_to_stop: room.told_to_stop.is_some(),

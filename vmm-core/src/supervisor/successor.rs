@@ -6,7 +6,6 @@
 //! over costs no start of a process.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -14,6 +13,7 @@ use sandbox::ExitCause;
 use vmbus::ipc::{PeerFault, ServerToSupervisor, SupervisorToServer};
 
 use super::process::Process;
+use super::program::Program;
 use super::report;
 use super::room::{RoomState, Server, ServerSettings};
 
@@ -73,16 +73,23 @@ impl Successor {
 }
 
 impl RoomState {
-    /// Starts a successor; `program`: another one than the present one. Returns the vCPU process's end of the socket
+    /// Starts a successor; `next`: for a swap, of this program. Returns the vCPU process's end of the socket
     /// between the two, and the successor's generation.
     pub fn start_successor(
         &mut self,
-        program: Option<&Path>,
+        next: Option<Program>,
         settings: &ServerSettings,
     ) -> Result<(OwnedFd, u32)> {
         self.prepare_fence();
-        let present = self.program.clone();
-        let (process, to_bus) = self.launch(program.or(present.as_deref()), settings)?;
+        let program = match &next {
+            Some(program) => program.clone(),
+            None => {
+                self.program.hold()?;
+                self.program.clone()
+            }
+        };
+        let (process, to_bus) = self.launch(&program, settings)?;
+        self.next = next;
         let generation = self.newest;
         self.successor = Some(Successor {
             process,

@@ -19,11 +19,12 @@ use vmbus::ipc::{ServerToSupervisor, SupervisorToBus, SupervisorToServer};
 
 use super::chronicle::Event;
 use super::control::Reply;
+use super::program::Program;
 use super::report::say;
 use super::room::Server;
 use super::successor::LEAVE_DEADLINE;
 use super::timers::Timer;
-use super::{MESSAGES_PER_TURN, Phase, Supervisor, backend, process, report};
+use super::{MESSAGES_PER_TURN, Phase, Supervisor, process, report};
 
 /// Limit: from Stop to Released. The old server waits for its own I/O; a disk that takes longer makes the guest wait
 /// whether the server is killed or not.
@@ -36,8 +37,6 @@ const SETTLE: Duration = Duration::from_millis(5);
 /// A planned replacement under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Swap {
-    /// The servers' program from now on, if it is another one.
-    program: Option<PathBuf>,
     from: u32,
     pub(super) to: u32,
     /// How the old server ended, if not as it should have.
@@ -74,16 +73,14 @@ impl Supervisor {
                 ));
             }
         }
-        if let Some(program) = &program {
-            backend::check_program(program).map_err(|error| format!("{error:#}"))?;
-        }
+        let program = program.as_ref().unwrap_or(&room.program.path);
+        let program = Program::open(program).map_err(|error| format!("{error:#}"))?;
         self.dismiss_successor(index);
         let room = self.rooms.get_mut(index).ok_or("no such device")?;
         let (link, to) = room
-            .start_successor(program.as_deref(), &self.settings)
+            .start_successor(Some(program), &self.settings)
             .map_err(|error| format!("{error:#}"))?;
         room.swap = Some(Swap {
-            program,
             from: room.generation,
             to,
             mishap: None,
@@ -384,7 +381,7 @@ impl Supervisor {
         let stall_us = stall.map(|stall| u64::try_from(stall.as_micros()).unwrap_or(u64::MAX));
         match room.swap.take_if(|swap| swap.to == generation) {
             Some(swap) => {
-                room.begin_trial(swap.program, &self.settings);
+                room.begin_trial();
                 let stall_us = stall_us.unwrap_or(0);
                 self.answer_swap(
                     index,
@@ -424,6 +421,7 @@ impl Supervisor {
         if room.swap.take_if(|swap| swap.to == generation).is_none() {
             return;
         }
+        room.next = None;
         let device = room.plan.name.clone();
         say(&format!("the swap of {device} has failed: {why}"));
         self.answer_swap(index, &Reply::Refused(format!("the swap has failed: {why}")));

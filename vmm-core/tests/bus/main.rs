@@ -41,6 +41,7 @@ impl Scene {
         let (ours, control) = pair().expect("a pair");
         let child = sandbox::spawn(Spawn {
             program: env!("CARGO_BIN_EXE_bulkhead-bus").into(),
+            file: None,
             args: Vec::new(),
             env: Vec::new(),
             fds: vec![(control, sandbox::sys::fds::CONTROL)],

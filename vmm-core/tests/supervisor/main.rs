@@ -10,6 +10,7 @@ mod operator;
 mod orphans;
 mod place;
 mod played;
+mod replaced;
 mod standbys;
 mod steps;
 mod swaps;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         fencing::ALL,
         operator::ALL,
         swaps::ALL,
+        replaced::ALL,
         standbys::ALL,
         orphans::ALL,
         adoption::ALL,

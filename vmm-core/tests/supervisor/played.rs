@@ -384,7 +384,10 @@ pub fn server(swapped: Option<&str>) -> ExitCode {
     assert_eq!(names, ["bus", "journal", "disk", "recorder"]);
     let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
     let serial = config["disks"][0]["serial"].as_str().unwrap_or_default();
-    let play = swapped.unwrap_or(serial).to_owned();
+    let play = match swapped.unwrap_or(serial) {
+        "as-filed" => super::replaced::filed_play("self"),
+        play => play.to_owned(),
+    };
     let missing: &[&str] = if play == "lacking" {
         &["a wall against the north"]
     } else {

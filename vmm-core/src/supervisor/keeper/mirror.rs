@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -12,6 +11,7 @@ use vmbus::ipc::{SendError, Socket};
 
 use super::{ARGUMENT, ToKeeper, send_kept};
 use crate::supervisor::process::Process;
+use crate::supervisor::program::Program;
 
 /// Tells the VM's processes apart; those of the devices count from 1.
 const INDEX: u32 = 15;
@@ -34,10 +34,10 @@ impl Keeper {
     pub fn start(vm: &str) -> Result<Self> {
         // Root needs no user namespace to have the others, and without one the keeper sees who comes to it.
         let namespaces = Namespaces::all().without(Namespaces::USER);
-        let program = Path::new("/proc/self/exe");
+        let program = Program::named("/proc/self/exe".into());
         // What the host lacks is reported, and the supervisor knows whether that is an error.
         let jail = (profile::keeper(), Options::default());
-        let process = Process::launch(program, &[ARGUMENT, vm], (namespaces, None), jail, INDEX)?;
+        let process = Process::launch(&program, &[ARGUMENT, vm], (namespaces, None), jail, INDEX)?;
         Ok(Keeper {
             process,
             ready: false,

@@ -9,6 +9,7 @@
 mod adopted;
 mod deaths;
 mod disks;
+mod memory;
 mod users;
 
 use bulkhead_tests::rig::Scenes;

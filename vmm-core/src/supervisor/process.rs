@@ -138,6 +138,17 @@ impl Process {
         self.child.try_wait().unwrap_or(Some(ExitCause::Exited(-1)))
     }
 
+    /// Whether a signal has ended it, or is about to: others see its sockets closed before its end shows here.
+    pub fn is_killed(&mut self) -> bool {
+        match self.ended() {
+            Some(cause) => matches!(cause, ExitCause::Signaled { .. }),
+            None => {
+                let path = format!("/proc/{}/stat", self.child.pid);
+                std::fs::read_to_string(path).is_ok_and(|stat| is_killed(&stat))
+            }
+        }
+    }
+
     /// Kills it; its end shows at the pidfd.
     pub fn kill(&self) {
         // A process that cannot be killed has ended.
@@ -157,6 +168,18 @@ impl Process {
     pub fn lines(&mut self) -> Vec<String> {
         self.log.read()
     }
+}
+
+/// From the text of `/proc/PID/stat` (proc(5)). A process that a signal ends is marked before it lets go of anything (Linux 6.1
+/// kernel/signal.c `get_signal`).
+fn is_killed(stat: &str) -> bool {
+    /// linux/sched.h
+    const PF_SIGNALED: u64 = 0x400;
+    // A name may contain whatever one likes. After it: state, five numbers, the flags.
+    let flags = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & PF_SIGNALED != 0)
 }
 
 /// How a process of ours ended, and what it said last.
@@ -365,6 +388,33 @@ mod tests {
             1
         );
         assert_eq!(budget.spend(start + Duration::from_secs(1)), Spent::Yes);
+    }
+
+    #[test]
+    fn that_a_signal_ends_a_process_shows_before_it_is_reaped() {
+        use nix::sys::signal::{Signal, kill};
+        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+        for (script, signal, expected) in [
+            ("exec sleep 1000", Some(Signal::SIGKILL), true),
+            ("exit 1", None, false),
+        ] {
+            let mut child = std::process::Command::new("/bin/sh")
+                .args(["-c", script])
+                .spawn()
+                .expect("started");
+            let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+            let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("not reaped");
+            assert!(!is_killed(&stat()));
+            if let Some(signal) = signal {
+                kill(pid, signal).expect("sent");
+            }
+            waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).expect("it ends");
+            assert_eq!(is_killed(&stat()), expected, "{script}");
+            child.wait().expect("reaped");
+        }
+        assert!(is_killed("7 (a) b) Z 1 7 7 0 -1 4228364 0"));
+        assert!(!is_killed("7 (a) b) Z 1 7 7 0 -1 4227340 0"));
+        assert!(!is_killed("nonsense"));
     }
 
     #[test]

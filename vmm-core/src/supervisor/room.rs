@@ -464,6 +464,14 @@ impl Server {
         }
     }
 
+    /// Whether a signal has ended it, or is about to.
+    pub fn is_killed(&mut self) -> bool {
+        match self {
+            Server::Running { process, .. } => process.is_killed(),
+            _ => false,
+        }
+    }
+
     pub fn kill(&self) {
         if let Server::Running { process, .. } = self {
             process.kill();

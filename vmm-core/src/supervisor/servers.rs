@@ -102,7 +102,8 @@ impl Supervisor {
         let Some(room) = self.rooms.get_mut(index) else {
             return;
         };
-        if room.generation == generation {
+        // What others see of one that was killed follows from that, and is no reason.
+        if room.generation == generation && !room.server.is_killed() {
             room.server.blame(why);
             room.server.kill();
         }

@@ -37,7 +37,8 @@ A file says the same as the flags:
 const ADOPT_HELP: &str = "\
 A VM goes on when its supervisor is killed, but nobody restarts its servers then, and nobody
 answers bulkhead inspect or stop. This command runs until the VM ends, as bulkhead run does. The
-guest's console stays where it was; on the same terminal one can type again.
+guest's console stays where it was; on the same terminal one can type again. A VM that another version
+of bulkhead has started is adopted by that version, whatever file has its name now.
 
 A service manager does the same by itself, for example with a unit for systemd:
   [Service]

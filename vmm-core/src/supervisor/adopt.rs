@@ -20,6 +20,7 @@ use super::backend::Held;
 use super::chronicle::{Chronicle, Event};
 use super::control::Listener;
 use super::folder::Folder;
+use super::hand_on::hand_on;
 use super::input::Input;
 use super::keeper::mirror::Keeper;
 use super::keeper::{FromKeeper, LISTENER, LOOKS, PAUSE, ToKeeper, first_word, receive_kept, supervisor_of};
@@ -265,8 +266,15 @@ impl Supervisor {
     fn adopt(name: &Name, base: &Path) -> Result<Self> {
         let signals = take_signals().context("cannot take signals")?;
         let mut given = Given::ask(name, base)?;
-        let (vm, saved_rooms) =
-            saved::load(&given.texts).with_context(|| format!("the VM {name} cannot be adopted"))?;
+        let cannot = || format!("the VM {name} cannot be adopted");
+        let version = saved::version(&given.texts).with_context(cannot)?;
+        if version != saved::VERSION {
+            let keeper = given.take("keeper.end").with_context(cannot)?;
+            // Its keeper is to be free for the one that follows.
+            drop(given);
+            return Err(hand_on(name, base, keeper, version)).with_context(cannot);
+        }
+        let (vm, saved_rooms) = saved::load(&given.texts).with_context(cannot)?;
         given.check(&saved_rooms)?;
         let (kept, written) = (
             given.kept.iter().map(|(name, fd)| (name.clone(), fd.as_raw_fd())),

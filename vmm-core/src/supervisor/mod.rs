@@ -39,7 +39,7 @@
 //! | `ending.rs` | the end |
 //! | `console.rs` | the person's terminal |
 //! | `keeper/`, `keep.rs`, `saved.rs` | the process that holds what the supervisor holds, and what that is |
-//! | `adopt.rs` | becoming the supervisor of a VM that has lost its own |
+//! | `adopt.rs`, `hand_on.rs` | becoming the supervisor of a VM that has lost its own, or having its own program do that |
 //! | `folder.rs`, `control.rs` | the VM's folder, and the socket in it |
 //! | `chronicle.rs`, `operator.rs` | what happened, for an operator and from one |
 //! | `liveness.rs` | processes that hang |
@@ -59,6 +59,7 @@ mod ending;
 mod events;
 mod fallback;
 pub mod folder;
+mod hand_on;
 mod input;
 mod inspection;
 mod keep;

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use vmbus::ipc::OnReset;
 use vmbus::ipc::codec::{EncodeError, decode, encode};
@@ -212,16 +212,20 @@ fn save_room(room: &RoomState, timers: &Timers) -> SavedRoom {
     }
 }
 
+/// In front of all, whatever the version is.
+fn split(texts: &Texts) -> Result<(&[u8], &[u8])> {
+    let text = texts.get(STATE).context("the VM's state is not there")?;
+    text.split_at_checked(4).context("the VM's state is cut short")
+}
+
+/// Which version of supervisor has written this.
+pub fn version(texts: &Texts) -> Result<u32> {
+    Ok(decode(split(texts)?.0)?)
+}
+
 /// Reads what a supervisor of this version has written.
 pub fn load(texts: &Texts) -> Result<(SavedVm, Vec<SavedRoom>)> {
-    let text = texts.get(STATE).context("the VM's state is not there")?;
-    let (version, vm) = text.split_at_checked(4).context("the VM's state is cut short")?;
-    let version: u32 = decode(version)?;
-    ensure!(
-        version == VERSION,
-        "its state is of version {version}, and this program knows version {VERSION}: adopt it with the program that has \
-         started it"
-    );
+    let (_, vm) = split(texts)?;
     let vm: SavedVm = decode(vm)?;
     let mut rooms = Vec::new();
     for index in 0..vm.rooms {

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! `bulkhead device`: what an operator does to one device of a running VM.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use vmbus::ipc::PeerFault;
 
 use super::talk::{ask, connect_below, receive_within};
 use crate::spec::Name;
-use crate::supervisor::control::{Reply, Request};
+use crate::supervisor::control::{DeviceLine, Reply, Request};
 use crate::supervisor::keeper::is_orphaned;
 
 #[derive(Subcommand)]
@@ -78,12 +79,26 @@ fn list(vm: &Name, base: &Path) -> Result<()> {
     match ask(&mut connect_below(vm, base)?, &Request::Devices)? {
         Reply::Devices(lines) => {
             for line in lines {
-                println!("{line}");
+                let note = if is_replaced(&line) { " replaced=yes" } else { "" };
+                println!("{line}{note}");
             }
             Ok(())
         }
         other => bail!("{vm} answers {other:?}"),
     }
+}
+
+/// Whether another file, or none, has the name of the program by now that the device's server runs.
+fn is_replaced(line: &DeviceLine) -> bool {
+    let identity = |path: &Path| {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    };
+    let Some(process) = line.process else {
+        return false;
+    };
+    let runs = identity(Path::new(&format!("/proc/{process}/exe")));
+    runs.is_some() && runs != identity(Path::new(&line.program))
 }
 
 fn resume(vm: &Name, base: &Path, device: String, binary: Option<PathBuf>) -> Result<()> {

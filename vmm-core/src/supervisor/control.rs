@@ -3,6 +3,9 @@
 //!
 //! A SOCK_SEQPACKET socket in the VM's folder, which only its user may enter. The messages are encoded like those
 //! between our processes. A client that does not read, or says something else, loses its connection.
+//!
+//! A `bulkhead` that was upgraded talks to supervisors that were started before: what a message is made of stays as it is,
+//! and new kinds of messages come last.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -70,8 +73,6 @@ pub struct DeviceLine {
     pub successor: Option<(String, u32, i32)>,
     /// The program that it was swapped to last, if that was given up.
     pub gave_up: Option<String>,
-    /// Another file has the program's name by now, or none.
-    pub replaced: bool,
 }
 
 /// What the supervisor answers.
@@ -124,9 +125,6 @@ impl std::fmt::Display for DeviceLine {
             None => f.write_str(" successor=none")?,
         }
         write!(f, " program={program}")?;
-        if self.replaced {
-            f.write_str(" replaced=yes")?;
-        }
         match &self.gave_up {
             Some(program) => write!(f, " gave-up={program}"),
             None => Ok(()),
@@ -294,6 +292,94 @@ mod tests {
         }
         assert_eq!(back, entries);
         assert!(replies.len() > 5);
+    }
+
+    /// A message, and its bytes as they were when a version of bulkhead first had it.
+    fn frozen<T: Message + Serialize>(messages: &[(T, &str)]) {
+        for (message, bytes) in messages {
+            let encoded = vmbus::ipc::codec::encode(message).expect("it is short");
+            let encoded: String = encoded.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(encoded, *bytes, "{}", message.name());
+        }
+    }
+
+    #[test]
+    fn messages_are_what_supervisors_understand_that_were_started_before_an_upgrade() {
+        let device = || "d".to_owned();
+        let program = Some(PathBuf::from("/p"));
+        frozen(&[
+            (Request::Status, "00000000"),
+            (Request::Inspect, "01000000"),
+            (Request::Stop, "02000000"),
+            (Request::PowerButton, "03000000"),
+            (
+                Request::Events {
+                    after: 7,
+                    follow: true,
+                },
+                "04000000070000000000000001",
+            ),
+            (
+                Request::Resume {
+                    device: device(),
+                    program: program.clone(),
+                },
+                "050000000100000000000000640102000000000000002f70",
+            ),
+            (
+                Request::Swap {
+                    device: device(),
+                    program,
+                    patience_s: 9,
+                },
+                "060000000100000000000000640102000000000000002f7009000000",
+            ),
+            (Request::Devices, "07000000"),
+        ]);
+        let line = DeviceLine {
+            name: device(),
+            kind: "k".to_owned(),
+            program: "p".to_owned(),
+            state: "s".to_owned(),
+            generation: 3,
+            process: Some(4),
+            successor: Some(("w".to_owned(), 5, 6)),
+            gave_up: Some("g".to_owned()),
+        };
+        frozen(&[
+            (
+                Reply::Status {
+                    supervisor: 1,
+                    state: "s".to_owned(),
+                    processes: vec![(device(), 2)],
+                },
+                "0000000001000000010000000000000073010000000000000001000000000000006402000000",
+            ),
+            (
+                Reply::Entries(vec![("p".to_owned(), "v".to_owned())]),
+                "010000000100000000000000010000000000000070010000000000000076",
+            ),
+            (Reply::Done, "02000000"),
+            (Reply::Refused("w".to_owned()), "03000000010000000000000077"),
+            (
+                Reply::Events(vec!["e".to_owned()]),
+                "040000000100000000000000010000000000000065",
+            ),
+            (
+                Reply::Swapped {
+                    from: 1,
+                    to: 2,
+                    process: 3,
+                    stall_us: 4,
+                    mishap: Some("m".to_owned()),
+                },
+                "0500000001000000020000000300000004000000000000000101000000000000006d",
+            ),
+            (
+                Reply::Devices(vec![line]),
+                "06000000010000000000000001000000000000006401000000000000006b01000000000000007001000000000000007303000000010400000001010000000000000077050000000600000001010000000000000067",
+            ),
+        ]);
     }
 
     #[test]

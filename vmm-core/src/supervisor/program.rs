@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,13 +82,6 @@ impl Program {
         is_same_file && self.path == other.path
     }
 
-    /// Whether its name leads to another file, or to none, by now.
-    pub fn is_replaced(&self) -> bool {
-        let held = self.identity();
-        let named = std::fs::metadata(&self.path).ok();
-        held.is_some() && held != named.map(|metadata| (metadata.dev(), metadata.ino()))
-    }
-
     /// Device and inode of what is held.
     fn identity(&self) -> Option<(u64, u64)> {
         let stat = fstat(self.file()?).ok()?;
@@ -114,13 +107,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let path = put(folder.path(), "server", "old");
         let old = Program::open(&path).expect("it is executable");
-        assert!(!old.is_replaced());
         put(folder.path(), "server", "new");
         let new = Program::open(&path).expect("it is executable");
-        assert!(old.is_replaced() && !new.is_replaced());
         assert!(!old.is(&new) && old.is(&old.clone()));
-        std::fs::remove_file(&path).expect("it is there");
-        assert!(new.is_replaced());
     }
 
     #[test]

@@ -412,7 +412,6 @@ impl RoomState {
                 let state = successor.state().to_owned();
                 (state, successor.generation, successor.process.child.pid.as_raw())
             }),
-            replaced: self.program.is_replaced(),
         }
     }
 

@@ -273,7 +273,7 @@ fn a_vm_that_is_so_configured_ends_when_a_device_would_be_held() {
 }
 
 /// What `bulkhead` says of the VM.
-fn said(place: &Place, args: &[&str]) -> String {
+pub fn said(place: &Place, args: &[&str]) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
         .args(args)
         .arg("--run-folder")

@@ -140,6 +140,7 @@ fn begin(supervisor: &mut Socket, jail: Jail) -> anyhow::Result<Option<ControlPl
         ram: ram_fd,
         siefp,
         names: BTreeMap::new(),
+        blamed: BTreeMap::new(),
     }))
 }
 
@@ -227,6 +228,9 @@ struct ControlPlane {
     ram: OwnedFd,
     siefp: OwnedFd,
     names: BTreeMap<DeviceId, String>,
+    /// What was reported of servers that are not gone yet: at most of two of each device, as the bus knows no more. Said again
+    /// at each Ping, because a supervisor that is killed may have read it and not have done anything.
+    blamed: BTreeMap<(DeviceId, u32), BusToSupervisor>,
 }
 
 impl ControlPlane {
@@ -303,6 +307,7 @@ impl ControlPlane {
             SupervisorToBus::ServerGone { device, generation } => {
                 let device = DeviceId(device);
                 self.servers.remove(&(device, generation));
+                self.blamed.remove(&(device, generation));
                 let actions = self.bus.server_gone(device, generation);
                 self.execute(actions)
             }
@@ -314,7 +319,10 @@ impl ControlPlane {
                 Ok(())
             }
             SupervisorToBus::Ping => {
-                self.report(&BusToSupervisor::Pong);
+                let again: Vec<BusToSupervisor> = self.blamed.values().cloned().collect();
+                for message in again.iter().chain([&BusToSupervisor::Pong]) {
+                    self.report(message);
+                }
                 Ok(())
             }
         }
@@ -446,12 +454,12 @@ impl ControlPlane {
                 generation,
                 waiting_for,
             } => {
-                let device = device.0;
-                self.report(&BusToSupervisor::ServerSlow {
-                    device,
+                let said = BusToSupervisor::ServerSlow {
+                    device: device.0,
                     generation,
                     waiting_for,
-                });
+                };
+                self.blame(device, generation, said);
             }
             Action::Misbehaves {
                 device,
@@ -459,12 +467,12 @@ impl ControlPlane {
                 why,
             } => {
                 self.servers.remove(&(device, generation));
-                let device = device.0;
-                self.report(&BusToSupervisor::ServerMisbehaves {
-                    device,
+                let said = BusToSupervisor::ServerMisbehaves {
+                    device: device.0,
                     generation,
                     why,
-                });
+                };
+                self.blame(device, generation, said);
             }
             Action::QuiesceDone { token } => self.tell_vcpu(&BusToVcpu::QuiesceDone { token }, &[])?,
             Action::Log { level, text } => match level {
@@ -494,6 +502,12 @@ impl ControlPlane {
             Ok(()) => Vec::new(),
             Err(error) => self.lost(device, generation, &error.to_string()),
         }
+    }
+
+    /// Asks for the end of a server, now and until it is gone. What was said of it first is what is said again.
+    fn blame(&mut self, device: DeviceId, generation: u32, said: BusToSupervisor) {
+        self.report(&said);
+        self.blamed.entry((device, generation)).or_insert(said);
     }
 
     /// Tells the supervisor. If it is gone, that is noticed where it is listened to.

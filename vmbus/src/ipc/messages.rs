@@ -241,7 +241,8 @@ pub enum SupervisorToBus {
     ServerGone { device: u32, generation: u32 },
     /// Answer with `Inspect`.
     Inspect,
-    /// Answer with `Pong`. Proves that the control plane's loop turns.
+    /// Answer with `Pong`. Proves that the control plane's loop turns. Before the `Pong` stands again every `ServerMisbehaves`
+    /// and `ServerSlow` of a server that is not told as gone: a supervisor that was killed may have read it and done nothing.
     Ping,
 }
 
@@ -255,14 +256,15 @@ pub enum BusToSupervisor {
     },
     /// The control plane cannot go on; the process exits. One sentence for the operator.
     Failed { message: String },
-    /// The server broke the protocol and its connection was dropped: kill it, and start another.
+    /// The server broke the protocol and its connection was dropped: kill it, and start another. May come again until
+    /// `ServerGone` was said, see `Ping`.
     ServerMisbehaves {
         device: u32,
         generation: u32,
         why: String,
     },
     /// The server owes an acknowledgement that the guest waits for, for longer than the deadline: kill it, and
-    /// say `ServerGone`.
+    /// say `ServerGone`. May come again, too.
     ServerSlow {
         device: u32,
         generation: u32,

@@ -360,6 +360,8 @@ impl Supervisor {
             self.take_up_others(index);
             self.want_standby(index);
         }
+        // What it has said of servers, the earlier supervisor may have read without doing anything: it says it again.
+        self.send_to_bus(&SupervisorToBus::Ping, &[]);
         self.begin_probing();
     }
 

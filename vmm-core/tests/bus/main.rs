@@ -342,6 +342,30 @@ fn it_ends_with_a_vcpu_process_that_has_not_read_what_was_said_to_it() {
 }
 
 #[test]
+fn what_it_says_of_a_bad_server_it_says_again_at_each_ping_until_that_server_is_gone() {
+    let mut scene = Scene::new();
+    let (mut bad, mut good) = (scene.add_server(0), scene.add_server(1));
+    assert_eq!(hear::<BusToServer>(&mut bad).0.name(), "Attach");
+    nix::unistd::write(&bad, b"nonsense").expect("written");
+    let (accusation, _) = hear::<BusToSupervisor>(&mut scene.supervisor);
+    assert_eq!(accusation.name(), "ServerMisbehaves");
+    for _ in 0..3 {
+        scene.supervisor.send(&SupervisorToBus::Ping, &[]).expect("sent");
+        let again = [(); 2].map(|()| hear::<BusToSupervisor>(&mut scene.supervisor).0);
+        assert_eq!(again, [accusation.clone(), BusToSupervisor::Pong]);
+    }
+    let gone = SupervisorToBus::ServerGone {
+        device: 0,
+        generation: 1,
+    };
+    scene.supervisor.send(&gone, &[]).expect("sent");
+    scene.supervisor.send(&SupervisorToBus::Ping, &[]).expect("sent");
+    let (answer, _) = hear::<BusToSupervisor>(&mut scene.supervisor);
+    assert_eq!(answer, BusToSupervisor::Pong, "nothing of one that is gone");
+    assert_eq!(hear::<BusToServer>(&mut good).0.name(), "Attach");
+}
+
+#[test]
 fn a_server_that_talks_nonsense_is_dropped_and_told_of_and_another_is_served() {
     let mut scene = Scene::new();
     let (mut bad, mut good) = (scene.add_server(0), scene.add_server(1));

@@ -9,6 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{Shutdown, shutdown};
 use serde::{Deserialize, Serialize};
 use vmbus::ipc::server_start::NamedFds;
@@ -112,14 +114,51 @@ impl Heard {
     }
 }
 
+/// Accuses who serves of lying, at SIGUSR1, and says so at each Ping until that one is gone.
+struct Accuser {
+    sign: SignalFd,
+    accused: Option<u32>,
+}
+
+impl Accuser {
+    fn new() -> Self {
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGUSR1);
+        signals.thread_block().expect("blocked");
+        Accuser {
+            sign: SignalFd::new(&signals).expect("a signalfd"),
+            accused: None,
+        }
+    }
+
+    fn say(&self, bus: &mut Socket) {
+        if let Some(generation) = self.accused {
+            let accusation = BusToSupervisor::ServerMisbehaves {
+                device: 0,
+                generation,
+                why: "lied".to_owned(),
+            };
+            // Nobody may be there to hear it.
+            bus.send(&accusation, &[]).ok();
+        }
+    }
+}
+
 /// The next message of either; `None` at the end of one.
-fn hear(vcpu: &mut Socket, bus: &mut Socket) -> Option<Heard> {
+fn hear(vcpu: &mut Socket, bus: &mut Socket, accuser: &mut Accuser, place: &ServingPlace) -> Option<Heard> {
     loop {
         let ready = {
-            let mut list = [&*bus, &*vcpu].map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+            let list = [bus.as_fd(), vcpu.as_fd(), accuser.sign.as_fd()];
+            let mut list = list.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             poll(&mut list, PollTimeout::NONE).expect("polled");
             list.map(|fd| fd.any().unwrap_or(false))
         };
+        if ready[2] {
+            accuser.sign.read_signal().expect("a signal");
+            accuser.accused = place.serving;
+            accuser.say(bus);
+            continue;
+        }
         if ready[0] {
             let (message, fds) = next(bus)?;
             return Some(Heard::Bus(message, fds));
@@ -131,6 +170,7 @@ fn hear(vcpu: &mut Socket, bus: &mut Socket) -> Option<Heard> {
 }
 
 pub fn vcpu() -> ExitCode {
+    let mut accuser = Accuser::new();
     let mut socket = control();
     let Some((
         SupervisorToVcpu::Start {
@@ -170,8 +210,12 @@ pub fn vcpu() -> ExitCode {
     let mut place = ServingPlace::default();
     let mut heard = Vec::new();
     let (mut runs, mut too_early) = (false, None);
-    while let Some(mut message) = too_early.take().or_else(|| hear(&mut socket, &mut bus)) {
+    while let Some(mut message) = too_early
+        .take()
+        .or_else(|| hear(&mut socket, &mut bus, &mut accuser, &place))
+    {
         if let Heard::Bus(SupervisorToBus::Ping, _) = message {
+            accuser.say(&mut bus);
             if play != "deaf-bus" {
                 bus.send(&BusToSupervisor::Pong, &[]).ok();
             }
@@ -199,6 +243,9 @@ pub fn vcpu() -> ExitCode {
         ) = (play.as_str(), &message)
         {
             writeln!(console_out, "{} {generation}", message.name()).expect("written");
+        }
+        if let Heard::Bus(SupervisorToBus::ServerGone { generation, .. }, _) = &message {
+            accuser.accused.take_if(|accused| accused == generation);
         }
         let serves = place.on_message(&message);
         match message {

@@ -20,7 +20,7 @@ use vmm_core::supervisor::control::{DeviceLine, Reply, Request};
 use super::adoption::{disk, signal};
 use super::operator::events;
 use super::place::{PATIENCE, Place, Running};
-use super::swaps::{program, runs, stop};
+use super::swaps::{process, program, runs, stop};
 
 pub const ALL: &[(&str, fn())] = &[
     (
@@ -34,6 +34,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "the_promotion_of_a_standby_survives_its_supervisor_at_every_step",
         the_promotion_of_a_standby_survives_its_supervisor_at_every_step,
+    ),
+    (
+        "what_is_said_of_a_bad_server_survives_its_supervisor_at_every_step",
+        what_is_said_of_a_bad_server_survives_its_supervisor_at_every_step,
     ),
 ];
 
@@ -266,12 +270,13 @@ impl Course {
     }
 
     /// Kills the supervisor at each step that follows `deed`, up to the event that is its end; `check` sees each time what
-    /// came of it.
+    /// came of it, once the device, as it was before and is now, `is_past` it.
     fn run(
         mut self,
         mut running: Running,
         deed: impl Fn(&Place, &DeviceLine, &mut Socket),
         is_end: impl Fn(&Event) -> bool,
+        is_past: impl Fn(&DeviceLine, &DeviceLine) -> bool,
         check: impl Fn(&Outcome),
     ) {
         for calls in 1.. {
@@ -292,7 +297,11 @@ impl Course {
             traced.running.kill();
             let answer = asked.recv::<Reply>().ok().flatten().map(|(reply, _)| reply);
             running = self.place.adopt("vm");
-            let after = self.settle();
+            let deadline = Instant::now() + PATIENCE / 2;
+            let mut after = self.settle();
+            while !is_past(&before, &after) && Instant::now() < deadline {
+                after = self.settle();
+            }
             let events = once(self.news());
             check(&Outcome {
                 before,
@@ -336,7 +345,7 @@ fn once(mut events: Vec<Event>) -> Vec<Event> {
     events.retain(|event| {
         let mut fields = serde_json::to_value(event).expect("JSON");
         let fields = fields.as_object_mut().expect("fields");
-        for of_supervisor in ["stall_us", "report", "cause"] {
+        for of_supervisor in ["stall_us", "report", "cause", "why"] {
             fields.remove(of_supervisor);
         }
         seen.insert(serde_json::to_string(fields).expect("JSON"))
@@ -375,6 +384,7 @@ fn a_swap_survives_its_supervisor_at_every_step() {
             asked.send(&swap, &[]).expect("sent");
         },
         |event| matches!(event, Event::Swap { .. }),
+        |_, _| true,
         |outcome| {
             let Outcome { before, after, .. } = outcome;
             let done = outcome.count(|event| matches!(event, Event::Swap { .. }));
@@ -407,15 +417,32 @@ fn the_promotion_of_a_standby_survives_its_supervisor_at_every_step() {
     deaths_survive_their_supervisors(true);
 }
 
+/// bulkhead-bus says it once, and the supervisor that has read it is killed.
+fn what_is_said_of_a_bad_server_survives_its_supervisor_at_every_step() {
+    let (course, running) = Course::new(false);
+    let player = process(&course.place, "vcpu");
+    // The sign for bulkhead-bus, as played, to accuse who serves.
+    servers_get_successors_after(course, running, |_| signal(player, Signal::SIGUSR1));
+}
+
 fn deaths_survive_their_supervisors(standby: bool) {
     let (course, running) = Course::new(standby);
+    servers_get_successors_after(course, running, |before| {
+        signal(before.process.expect("it serves"), Signal::SIGKILL);
+    });
+}
+
+/// `end` is the end of the present server.
+fn servers_get_successors_after(course: Course, running: Running, end: impl Fn(&DeviceLine)) {
+    let standby = course.standby;
     course.run(
         running,
-        |_, before, _| signal(before.process.expect("it serves"), Signal::SIGKILL),
+        |_, before, _| end(before),
         |event| match standby {
             true => matches!(event, Event::Standby { .. }),
             false => matches!(event, Event::Serving { .. }),
         },
+        |before, after| after.generation > before.generation,
         |outcome| {
             let Outcome { before, after, .. } = outcome;
             assert!(after.generation > before.generation, "{outcome:#?}");

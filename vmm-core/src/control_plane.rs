@@ -44,7 +44,7 @@ use vmbus::ipc::{
 use self::eventfds::EventFds;
 use self::timers::Timers;
 use crate::bus::gpadls::MAX_GPADLS;
-use crate::bus::offers::MAX_CHANNELS;
+use crate::bus::offers::{FIRST_SUB_RELID, MAX_CHANNELS, MAX_OPEN_CHANNELS};
 use crate::bus::{Action, Bus, DeviceId, DeviceOffer, FIRST_GENERATION, LogLevel};
 use crate::child::{Link, init_logging, wait_for};
 
@@ -52,10 +52,12 @@ use crate::child::{Link, init_logging, wait_for};
 const EVENTS_PER_WAKE: usize = 16;
 /// Limit: messages of one peer before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
-// What may wait for `bulkhead-vcpu` when one post of the guest closes every channel: two messages for each that is open, which
-// has a GPADL to itself; and what servers have made of earlier posts: one for each other GPADL, and an offer for each channel.
-// (The few besides are in the socket itself.)
-const _: () = assert!(2 * MAX_GPADLS + MAX_CHANNELS as usize <= MAX_QUEUED_MESSAGES);
+/// What may wait for `bulkhead-vcpu` when one post of the guest closes every channel: two messages for each that is open, which
+/// has a GPADL to itself; and what servers have made of earlier posts: one for each other GPADL, and an offer for each
+/// sub-channel. (The few besides are in the socket itself.)
+const WAITING_FOR_VCPU: usize =
+    MAX_OPEN_CHANNELS + MAX_GPADLS + (MAX_CHANNELS - FIRST_SUB_RELID + 1) as usize;
+const _: () = assert!(WAITING_FOR_VCPU <= MAX_QUEUED_MESSAGES);
 /// Descriptors of an open channel: its two eventfds, and their duplicates while they wait for a server to read.
 const DESCRIPTORS_PER_CHANNEL: u64 = 4;
 /// Limit: descriptors that belong to no channel. Sockets of 64 devices with a successor each, two descriptors of guest memory

@@ -18,17 +18,24 @@ use vmbus::mem::{Gpn, PAGE_BYTES, RamLayout};
 use vmbus::wire::GpadlHeader;
 
 use super::action::{ChannelId, DeadlineId};
+use super::offers::MAX_OPEN_CHANNELS;
+use crate::spec;
 
-/// Limit: GPADLs in all. A channel has one for its rings, a network device two more for its buffers; 64 disks with 16
-/// channels each are 1,024, and a guest with 64 processors uses some hundred. An open channel has a GPADL to itself, so
-/// that there are never more open channels than this.
-pub const MAX_GPADLS: usize = 1024;
+/// Limit: GPADLs in all. An open channel has one for its rings to itself, and a network device two more for its buffers: so
+/// this is room for as many channels as may be open (those of 16 network devices with 64 queues, or of 64 disks with 16), and
+/// for the buffers of as many devices as a VM may have.
+pub const MAX_GPADLS: usize = MAX_OPEN_CHANNELS + 2 * spec::MAX_DEVICES;
 
 /// Limit: GPADLs of one device: no more than a server takes, which would break with us otherwise.
 pub const MAX_GPADLS_PER_DEVICE: usize = vmbus::channel::MAX_GPADLS;
 
-/// Limit: pages in all GPADLs together (2 GiB of guest memory, 4 MiB of ours). Eight network devices with 64
-/// channels of two 512 KiB rings and 17 MiB of buffers each need 170 thousand.
+/// Limit: pages in all GPADLs together. 16 network devices with 64 channels of two 512 KiB rings and 17 MiB of buffers each
+/// need 332 thousand.
+///
+/// This and [`MAX_GPADLS`] bound what a hostile guest can have its host keep for GPADLs, in all processes of the VM together:
+/// 8 bytes for each page here (twice that for lists that are not complete, which grow by doubling) and 8 in the server of the
+/// device, which makes 12 MiB at most, and some 100 bytes for each GPADL, which are no more than the lists of a few. What is
+/// on its way to a server that does not read is bounded by the socket ([`vmbus::ipc::socket::MAX_QUEUED_BYTES`]).
 pub const MAX_GPADL_PAGES: usize = 512 * 1024;
 
 /// Limit: pages of one GPADL. The length of its range is a 16-bit number of bytes, 8 of which are no page.

@@ -52,8 +52,8 @@ use vmbus::mem::RamLayout;
 use channels::ChannelState;
 use connection::{AfterUnload, Connection, OffersAsked};
 use debts::Wait;
-use gpadls::{Gpadls, MAX_GPADLS};
-use offers::{Channels, Device, MAX_DEVICES, MAX_SUB_CHANNELS};
+use gpadls::Gpadls;
+use offers::{Channels, Device, MAX_DEVICES, MAX_OPEN_CHANNELS, MAX_SUB_CHANNELS};
 use servers::Server;
 use tally::Tally;
 
@@ -98,7 +98,7 @@ impl Bus {
         Self {
             vp_count,
             ram,
-            max_open: MAX_GPADLS,
+            max_open: MAX_OPEN_CHANNELS,
             connection: Connection::Disconnected,
             devices: BTreeMap::new(),
             channels: Channels::default(),
@@ -116,7 +116,7 @@ impl Bus {
     /// Lets no more channels than these be open at once: the guest's next OPENCHANNEL is refused. Every one of them takes
     /// descriptors in several processes.
     pub fn limit_open_channels(&mut self, most: usize) {
-        self.max_open = most.min(MAX_GPADLS);
+        self.max_open = most.min(MAX_OPEN_CHANNELS);
     }
 
     /// Adds a device, which is offered at once if the guest has asked for offers already (hot-added).

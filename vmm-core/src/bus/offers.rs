@@ -19,6 +19,9 @@ use super::servers::Server;
 /// include/linux/hyperv.h MAX_CHANNEL_RELIDS).
 pub const MAX_CHANNELS: u32 = 2047;
 
+/// Limit: channels that are open at once. 64 for each of 16 devices; each takes descriptors in several processes.
+pub const MAX_OPEN_CHANNELS: usize = 1024;
+
 /// Limit: devices of a VM. So few that a mistake in their number is seen, and far below [`MAX_CHANNELS`].
 pub const MAX_DEVICES: usize = 256;
 
@@ -28,7 +31,7 @@ pub const MAX_SUB_CHANNELS: u16 = 63;
 const _: () = assert!(MAX_DEVICES < MAX_CHANNELS as usize);
 
 /// The first relid of sub-channels. Below: one for each device's primary.
-const FIRST_SUB_RELID: u32 = MAX_DEVICES as u32 + 1;
+pub const FIRST_SUB_RELID: u32 = MAX_DEVICES as u32 + 1;
 
 /// What the supervisor says about a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vmbus::channel::{MAX_GPADLS, Port, PortEvent};
 use vmbus::journal;
 use vmbus::wire::{ChannelId, GpadlHeader, GpadlId, GuestToHost, HostToGuest, OpenChannel};
+use vmm_core::bus::offers::MAX_OPEN_CHANNELS;
 
 use super::*;
 
@@ -189,13 +190,22 @@ fn may_have(descriptors: u64) -> bool {
 
 #[test]
 fn as_many_channels_as_a_vm_may_have_are_open_at_once_each_with_eventfds_of_its_own() {
-    const DEVICES: u32 = 64;
-    const CHANNELS: u32 = 1024;
-    if !may_have(6 * u64::from(CHANNELS)) {
+    if !may_have(6 * MAX_OPEN_CHANNELS as u64) {
         return;
     }
-    let sub_channels = (CHANNELS / DEVICES - 1) as u16;
-    let (mut guest, mut servers) = boot(Scene::new(), DEVICES, sub_channels);
+    // As many devices as a VM may have; and network devices with as many queues as they may have.
+    for devices in [64, NICS] {
+        open_all_channels(devices);
+    }
+}
+
+/// Network devices for whose most queues, 64, and two buffers each there is room at once.
+const NICS: u32 = 16;
+
+fn open_all_channels(devices: u32) {
+    let of_device = MAX_OPEN_CHANNELS as u32 / devices;
+    let sub_channels = (of_device - 1) as u16;
+    let (mut guest, mut servers) = boot(Scene::new(), devices, sub_channels);
     let mut opened = BTreeMap::new();
     for (device, server) in (0..).zip(&mut servers) {
         let channels = guest.open_primary(device, server, sub_channels);
@@ -210,8 +220,8 @@ fn as_many_channels_as_a_vm_may_have_are_open_at_once_each_with_eventfds_of_its_
             opened.insert(channel.0, (fds.remove(0), fds.remove(0)));
         }
     }
-    assert_eq!(opened.len(), (CHANNELS - DEVICES) as usize);
-    assert_eq!(guest.kicks.len(), CHANNELS as usize);
+    assert_eq!(opened.len(), MAX_OPEN_CHANNELS - devices as usize);
+    assert_eq!(guest.kicks.len(), MAX_OPEN_CHANNELS);
     for (channel, (kick, interrupt)) in &opened {
         for (from, to, value) in [
             (&guest.kicks[channel], kick, u64::from(*channel)),
@@ -223,11 +233,28 @@ fn as_many_channels_as_a_vm_may_have_are_open_at_once_each_with_eventfds_of_its_
             assert_eq!(u64::from_ne_bytes(found), value, "channel {channel}");
         }
     }
-    assert_eq!(guest.gpadl(ChannelId(1)), None, "one more is refused");
+    let mut gpadls = MAX_OPEN_CHANNELS;
+    for device in 0..NICS {
+        for _ in ["to the guest", "from the guest"] {
+            assert!(guest.gpadl(ChannelId(device + 1)).is_some(), "device {device}");
+            gpadls += 1;
+        }
+    }
+    let mut other = guest.scene.add_server(devices);
+    assert_eq!(hear::<BusToServer>(&mut other).0.name(), "Attach");
+    servers.push(other);
+    let one_more = guest.offer();
+    let ring = guest.gpadl(one_more).expect("there is room");
+    assert!(!guest.open(one_more, ring), "one more channel is refused");
+    gpadls += 1;
+    while guest.gpadl(ChannelId(1)).is_some() {
+        gpadls += 1;
+    }
+    assert_eq!(gpadls, vmm_core::bus::gpadls::MAX_GPADLS, "one more is refused");
     // What is known of so many does not fit into one message; what matters is there.
     assert_eq!(
         guest.scene.inspect("gpadls").as_deref(),
-        Some(CHANNELS.to_string().as_str())
+        Some(gpadls.to_string().as_str())
     );
     assert!(guest.scene.inspect("left_out").is_some());
 

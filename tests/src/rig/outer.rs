@@ -50,6 +50,20 @@ const PROGRAMS: &[&str] = &[
     "usr/bin/passt",
     "usr/bin/strace",
     "usr/lib/x86_64-linux-gnu/libgcc_s.so.1",
+    "usr/lib/systemd/systemd",
+    "usr/lib/systemd/systemd-journald",
+    "usr/bin/systemctl",
+    "usr/bin/journalctl",
+];
+
+/// What systemd needs to start one unit of a test, without the rest of a Debian.
+const UNITS: &[&str] = &[
+    "basic.target",
+    "sysinit.target",
+    "shutdown.target",
+    "sockets.target",
+    "systemd-journald.socket",
+    "systemd-journald.service",
 ];
 
 /// Firmware for the QEMU in the rig (`-M microvm`, `-M pc`).
@@ -73,7 +87,7 @@ const ROOT_DISK: &str = "6G";
 
 pub fn recipe() -> String {
     format!(
-        "2 {SLOW_CPU_FEATURES:?}{INITRAMFS_INIT}{RIG_INIT}{GUEST_INITRD}{INITRAMFS_MODULES:?}{MODULES:?}{PROGRAMS:?}{FIRMWARE:?}{PASSWD}{GROUP}{ROOT_DISK}"
+        "2 {SLOW_CPU_FEATURES:?}{INITRAMFS_INIT}{RIG_INIT}{GUEST_INITRD}{INITRAMFS_MODULES:?}{MODULES:?}{PROGRAMS:?}{UNITS:?}{FIRMWARE:?}{PASSWD}{GROUP}{ROOT_DISK}"
     )
 }
 
@@ -153,6 +167,10 @@ fn root_tree(dir: &Path, kernel: &Kernel, table: &ModuleTable, sysroot: &Sysroot
     }
     tree.symlink("usr/sbin/mkfs.ext4", "mke2fs");
     tree.symlink("usr/sbin/ip", "../bin/ip");
+    for unit in UNITS {
+        let path = format!("usr/lib/systemd/system/{unit}");
+        tree.file(&path, 0o644, sysroot.root.join(&path));
+    }
     for path in FIRMWARE.iter().chain(&["etc/mke2fs.conf"]) {
         // Which of these are files and which are links differs from one package version to the next.
         tree.file(path, 0o644, sysroot.root.join(path));

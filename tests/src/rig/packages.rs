@@ -27,6 +27,7 @@ const PACKAGES: &[&str] = &[
     "fio",
     "passt",
     "strace",
+    "systemd",
 ];
 
 /// The meta package whose one dependency is the newest cloud kernel.
@@ -217,9 +218,10 @@ impl Sysroot {
     }
 
     fn library_path(&self) -> String {
-        // fio's package keeps some of its libraries in a folder of their own.
+        // The packages of fio and systemd keep some of their libraries in folders of their own.
         let lib = self.root.join("usr/lib/x86_64-linux-gnu");
-        format!("{}:{}", lib.display(), lib.join("ceph").display())
+        let folders = [lib.join("ceph"), lib.join("systemd"), lib];
+        folders.map(|folder| folder.display().to_string()).join(":")
     }
 }
 

@@ -10,6 +10,7 @@ mod adopted;
 mod deaths;
 mod disks;
 mod memory;
+mod service;
 mod users;
 
 use bulkhead_tests::rig::Scenes;

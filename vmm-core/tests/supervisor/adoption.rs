@@ -254,7 +254,7 @@ fn a_standby_outlives_the_supervisor_and_takes_over_under_the_next() {
     ends_with(&place, adopter, &[first, second, third]);
 }
 
-/// What systemd would do with it is not tried, only what the program does under it.
+/// Only what the program does under it; what systemd does with it is tried in the rig (`linux_guest/service.rs` of the tests).
 fn the_unit_that_the_help_shows_is_right_about_what_bulkhead_does() {
     let help = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
         .args(["adopt", "--help"])

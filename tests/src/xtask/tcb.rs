@@ -13,6 +13,7 @@ use crate::source::tree::CrateTree;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -127,9 +128,29 @@ fn count_program(
 
 /// Prints the table; fails if `bulkhead-vcpu` has grown to its limit.
 pub fn main(arguments: &TcbArguments) -> Result<ExitCode> {
-    let mut within = true;
-    println!("{:<16} {:>6}  of which", "program", "lines");
-    for lines in count(&workspace_root())? {
+    let programs = count(&workspace_root())?;
+    print(&programs, arguments.files, &mut std::io::stdout().lock()).context("cannot print the table")?;
+    let is_too_large =
+        |lines: &ProgramLines| lines.program == "bulkhead-vcpu" && lines.total() >= MAX_VCPU_LINES;
+    if programs.iter().any(is_too_large) {
+        eprintln!("tcb: bulkhead-vcpu has {MAX_VCPU_LINES} lines or more; it must stay below");
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A reader that has seen enough (`| head -1`) is no error.
+fn print(programs: &[ProgramLines], files: bool, out: &mut impl Write) -> io::Result<()> {
+    match write_table(programs, files, out) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// A line for each program: its name, its lines, and those of each of our crates; `files`: followed by those of each file.
+fn write_table(programs: &[ProgramLines], files: bool, out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "{:<16} {:>6}  of which", "program", "lines")?;
+    for lines in programs {
         let mut by_crate: BTreeMap<&str, usize> = BTreeMap::new();
         for (file, count) in &lines.files {
             *by_crate
@@ -140,18 +161,97 @@ pub fn main(arguments: &TcbArguments) -> Result<ExitCode> {
             .iter()
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
-        println!("{:<16} {:>6}  {}", lines.program, lines.total(), parts.join(", "));
-        if arguments.files {
-            lines
-                .files
-                .iter()
-                .for_each(|(file, count)| println!("    {count:>5}  {file}"));
+        writeln!(
+            out,
+            "{:<16} {:>6}  {}",
+            lines.program,
+            lines.total(),
+            parts.join(", ")
+        )?;
+        if files {
+            for (file, count) in &lines.files {
+                writeln!(out, "    {count:>5}  {file}")?;
+            }
         }
-        within &= lines.program != "bulkhead-vcpu" || lines.total() < MAX_VCPU_LINES;
     }
-    if !within {
-        eprintln!("tcb: bulkhead-vcpu has {MAX_VCPU_LINES} lines or more; it must stay below");
-        return Ok(ExitCode::FAILURE);
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn programs() -> Vec<ProgramLines> {
+        let files = |files: &[(&str, usize)]| {
+            let files = files.iter();
+            files.map(|(file, count)| (file.to_string(), *count)).collect()
+        };
+        vec![
+            ProgramLines {
+                program: "bulkhead-vcpu",
+                files: files(&[
+                    ("sandbox/src/lib.rs", 20),
+                    ("vmm-core/src/a.rs", 4000),
+                    ("vmm-core/src/b.rs", 5),
+                ]),
+            },
+            ProgramLines {
+                program: "bulkhead",
+                files: files(&[("vmbus/src/lib.rs", 7)]),
+            },
+        ]
     }
-    Ok(ExitCode::SUCCESS)
+
+    fn printed(files: bool) -> String {
+        let mut out = Vec::new();
+        print(&programs(), files, &mut out).expect("a vector takes all");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn each_program_is_a_line_with_its_sum_and_that_of_each_crate() {
+        let table = "\
+program           lines  of which
+bulkhead-vcpu      4025  sandbox 20, vmm-core 4005
+bulkhead              7  vmbus 7
+";
+        assert_eq!(printed(false), table);
+    }
+
+    #[test]
+    fn files_follow_their_program_if_they_are_asked_for() {
+        let table = "\
+program           lines  of which
+bulkhead-vcpu      4025  sandbox 20, vmm-core 4005
+       20  sandbox/src/lib.rs
+     4000  vmm-core/src/a.rs
+        5  vmm-core/src/b.rs
+bulkhead              7  vmbus 7
+        7  vmbus/src/lib.rs
+";
+        assert_eq!(printed(true), table);
+    }
+
+    /// Takes nothing.
+    struct Refusing(io::ErrorKind);
+
+    impl Write for Refusing {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_no_error_and_a_full_disk_is_one() {
+        let print_to = |kind| print(&programs(), false, &mut Refusing(kind)).map_err(|error| error.kind());
+        assert_eq!(print_to(io::ErrorKind::BrokenPipe), Ok(()));
+        assert_eq!(
+            print_to(io::ErrorKind::StorageFull),
+            Err(io::ErrorKind::StorageFull)
+        );
+    }
 }

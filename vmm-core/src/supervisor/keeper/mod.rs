@@ -18,7 +18,8 @@
 //! ```
 //!
 //! * The keeper waits in `poll(2)` and knows nothing: not what its descriptors are (but for [`LISTENER`], [`VCPU_END`] and
-//!   [`TERMINAL`], which it restores when the supervisor is gone), nor what the other bytes mean. It never reads from a descriptor that it only keeps, so that no child can talk to it.
+//!   [`TERMINAL`], which it restores when the supervisor is gone), nor what the other bytes mean. It never reads from a
+//!   descriptor that it only keeps, so that no child can talk to it.
 //! * It speaks to one supervisor at a time. Whoever connects is told at once whether there is one; of several that want to
 //!   adopt, the first one is let. That is the lock against two supervisors.
 //! * It keeps a VM only while [`STATE`] is written, which the supervisor does while the guest runs: a supervisor that is

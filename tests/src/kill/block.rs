@@ -41,7 +41,7 @@ const MOST_BYTES: usize = MOST_BLOCKS as usize * BLOCK_BYTES;
 /// What is where a read is going to put its data: whatever the device does not write shows.
 static UNREAD: [u8; MOST_BYTES] = [0xDD; MOST_BYTES];
 
-/// How often a thread that hears nothing looks at the age of its requests.
+/// How often the load looks at the age of its requests, and for how long a channel sleeps before it is looked at.
 const LOOK: Duration = Duration::from_millis(500);
 const LOOK_MS: u16 = LOOK.as_millis() as u16;
 
@@ -125,6 +125,8 @@ pub struct Load<'a> {
     buffer: Vec<u8>,
     places: Vec<Place>,
     free_slots: Vec<u64>,
+    /// Since when only an interrupt makes it look at its ring, as with a driver.
+    asleep: Option<Instant>,
     /// Taken, when, and not checked yet.
     answers: Vec<(u64, Reply, Instant)>,
     under_way: BTreeMap<u64, Request>,
@@ -149,45 +151,52 @@ pub fn run(mut loads: Vec<Load<'_>>, faults: &Faults, stop: &AtomicBool) -> Resu
 
 /// Until nothing is under way and nothing is wanted, or something is lost.
 fn send_and_take(loads: &mut [Load<'_>], stop: &AtomicBool) -> Result<()> {
+    let mut looked = Instant::now();
     loop {
         // Ordering: a flag; what it says needs nothing else to be seen.
         let stopping = stop.load(Ordering::Relaxed);
-        let mut had_some = false;
         for index in 0..loads.len() {
             // Of all, before one is checked: what has come is not to look late because of that.
             loads.iter_mut().try_for_each(Load::take)?;
-            had_some |= loads[index].turn(stopping)?;
+            loads[index].turn(stopping)?;
         }
         if stopping && loads.iter().all(|load| load.under_way.is_empty()) {
             return Ok(());
         }
-        if !had_some && !nap(loads)? {
+        if looked.elapsed() > LOOK {
+            looked = Instant::now();
             for load in &mut *loads {
                 if load.has_lost_one() || load.has_lost_interrupt()? {
                     return Ok(());
                 }
             }
         }
+        hear(loads)?;
     }
 }
 
-/// Sleeps as a driver does, until anything comes. `false`: nothing has come for long.
-fn nap(loads: &mut [Load<'_>]) -> Result<bool> {
-    for load in &mut *loads {
-        // Unmasks, and looks once more; the deadline is over before it would wait.
-        if load.initiator.channel.wait(Instant::now())? {
-            return Ok(true);
-        }
-    }
+/// Hears the interrupts of the channels that sleep. If all do, so does this thread.
+fn hear(loads: &mut [Load<'_>]) -> Result<()> {
+    let timeout = match loads.iter().all(|load| load.asleep.is_some()) {
+        true => LOOK_MS,
+        false => 0,
+    };
     let mut fds: Vec<_> = loads
         .iter()
+        .filter(|load| load.asleep.is_some())
         .map(|load| PollFd::new(load.initiator.channel.interrupt(), PollFlags::POLLIN))
         .collect();
-    match poll(&mut fds, LOOK_MS) {
-        Ok(0) => Ok(false),
-        Ok(_) | Err(Errno::EINTR) => Ok(true),
-        Err(errno) => Err(errno).context("the load cannot wait for its interrupts"),
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(errno) => return Err(errno).context("the load cannot wait for its interrupts"),
     }
+    let heard: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+    let sleepers = loads.iter_mut().filter(|load| load.asleep.is_some());
+    for (load, _) in sleepers.zip(heard).filter(|(_, heard)| *heard) {
+        load.initiator.channel.wait_interrupt(Instant::now())?;
+        load.asleep = None;
+    }
+    Ok(())
 }
 
 impl<'a> Load<'a> {
@@ -214,6 +223,7 @@ impl<'a> Load<'a> {
             buffer: vec![0; MOST_BYTES],
             places: vec![Place::default(); PLACES as usize],
             free_slots: (0..DEPTH).collect(),
+            asleep: None,
             answers: Vec::new(),
             under_way: BTreeMap::new(),
             next_id: 1,
@@ -223,6 +233,9 @@ impl<'a> Load<'a> {
 
     /// Takes the answers that are there, to be checked by [`Self::turn`].
     fn take(&mut self) -> Result<()> {
+        if self.asleep.is_some() {
+            return Ok(());
+        }
         let answers = &mut self.answers;
         self.initiator
             .collect_ready(2 * DEPTH as usize, |id, reply| {
@@ -232,8 +245,11 @@ impl<'a> Load<'a> {
         Ok(())
     }
 
-    /// Checks what was taken, and sends what there is room for unless `stopping`. Whether there was anything to check.
-    fn turn(&mut self, stopping: bool) -> Result<bool> {
+    /// Checks what was taken, and sends what there is room for unless `stopping`. Falls asleep if nothing was there.
+    fn turn(&mut self, stopping: bool) -> Result<()> {
+        if self.asleep.is_some() {
+            return Ok(());
+        }
         let mut answers = std::mem::take(&mut self.answers);
         let had_some = !answers.is_empty();
         let mut lives = Vec::with_capacity(answers.len());
@@ -247,7 +263,11 @@ impl<'a> Load<'a> {
         let oldest = self.under_way.values().next().map(|request| request.sent);
         self.timeline
             .report(self.channel, &lives, oldest, self.under_way.len());
-        Ok(had_some)
+        // Unmasks, and looks once more; the deadline is over before it would wait.
+        if !had_some && !self.initiator.channel.wait(Instant::now())? {
+            self.asleep = Some(Instant::now());
+        }
+        Ok(())
     }
 
     /// Sends what there is room for.
@@ -443,9 +463,14 @@ impl<'a> Load<'a> {
         true
     }
 
-    /// Nothing was heard for long. If there is something in the ring all the same, and no interrupt comes for it, then a
-    /// guest that does not look at a clock would wait for ever.
+    /// Whether it has slept for long, there is something in the ring all the same, and no interrupt comes for it: a guest that
+    /// does not look at a clock would wait for ever.
     fn has_lost_interrupt(&mut self) -> Result<bool> {
+        if self.asleep.is_none_or(|since| since.elapsed() < LOOK) {
+            return Ok(false);
+        }
+        // If one comes while that is looked at, nobody else will hear it.
+        self.asleep = None;
         let is_lost = self.initiator.channel.lacks_interrupt(2 * LOOK)?;
         if is_lost {
             let number = self.channel;

@@ -77,20 +77,13 @@ pub enum CacheMode {
 pub enum ConfigError {
     /// Not the JSON that we want.
     #[error("the configuration does not parse: {0}")]
-    Json(serde_json::Error),
+    Json(#[from] serde_json::Error),
     /// Too many disks.
     #[error("{0} disks are configured, and a controller takes at most {MAX_DISKS}")]
     TooManyDisks(usize),
     /// Too many sub-channels.
     #[error("{0} sub-channels are configured, and a controller has at most {MAX_SUB_CHANNELS}")]
     TooManySubChannels(u16),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<serde_json::Error> for ConfigError {
-    fn from(error: serde_json::Error) -> Self {
-        Self::Json(error)
-    }
 }
 
 impl ControllerConfig {

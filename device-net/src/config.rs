@@ -47,18 +47,11 @@ fn default_queues() -> u16 {
 #[derive(Debug, Error)]
 pub enum ConfigError {
     #[error("the network configuration is malformed: {0}")]
-    Json(serde_json::Error),
+    Json(#[from] serde_json::Error),
     #[error("an MTU of {0} is not between {MTU_MIN} and {MTU_MAX}")]
     Mtu(u32),
     #[error("{0} queues are not between 1 and {QUEUES_MAX}")]
     Queues(u16),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<serde_json::Error> for ConfigError {
-    fn from(error: serde_json::Error) -> Self {
-        Self::Json(error)
-    }
 }
 
 impl NicConfig {

@@ -70,7 +70,7 @@ pub enum ServerError {
     Supervisor(PeerFault),
     /// A message could not be sent.
     #[error("supervisor: {0}")]
-    Send(SendError),
+    Send(#[from] SendError),
     /// The kernel refused what it must not refuse.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -83,13 +83,6 @@ pub enum ServerError {
     /// This server cannot go on from what the predecessor has saved.
     #[error(transparent)]
     SavedState(#[from] StateFault),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<SendError> for ServerError {
-    fn from(error: SendError) -> Self {
-        Self::Send(error)
-    }
 }
 
 /// What a server is made of.

@@ -82,20 +82,13 @@ pub enum ServerError {
     #[error("supervisor: {0}")]
     Supervisor(PeerFault),
     #[error("supervisor: {0}")]
-    Send(SendError),
+    Send(#[from] SendError),
     #[error(transparent)]
     Host(#[from] HostError),
     #[error(transparent)]
     Save(#[from] SaveError),
     #[error(transparent)]
     SavedState(#[from] StateFault),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<SendError> for ServerError {
-    fn from(error: SendError) -> Self {
-        Self::Send(error)
-    }
 }
 
 /// A NIC being served.

@@ -31,14 +31,7 @@ pub enum PortError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("cannot say hello: {0}")]
-    Send(SendError),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<SendError> for PortError {
-    fn from(error: SendError) -> Self {
-        Self::Send(error)
-    }
+    Send(#[from] SendError),
 }
 
 /// What a server has to react to.

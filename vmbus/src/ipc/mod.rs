@@ -78,7 +78,7 @@ pub enum PeerFault {
     },
     /// The bytes are no message of the expected direction.
     #[error("not a message: {0}")]
-    Malformed(codec::DecodeError),
+    Malformed(#[from] codec::DecodeError),
     /// Both sides were built from different versions of the protocol.
     #[error("the peer speaks protocol {theirs}, this process {}", hello::PROTOCOL)]
     Protocol { theirs: u32 },
@@ -108,18 +108,5 @@ pub enum PeerFault {
     Receive(Errno),
     /// The peer does not take our messages any more.
     #[error("cannot send: {0}")]
-    Send(SendError),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<codec::DecodeError> for PeerFault {
-    fn from(error: codec::DecodeError) -> Self {
-        Self::Malformed(error)
-    }
-}
-
-impl From<SendError> for PeerFault {
-    fn from(error: SendError) -> Self {
-        Self::Send(error)
-    }
+    Send(#[from] SendError),
 }

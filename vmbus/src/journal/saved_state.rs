@@ -34,17 +34,10 @@ const HEADER_BYTES: u64 = 24;
 pub enum SaveError {
     /// Not encodable.
     #[error("saved state: {0}")]
-    Encode(codec::EncodeError),
+    Encode(#[from] codec::EncodeError),
     /// Longer than a copy.
     #[error("saved state of {bytes} bytes; {} are the most", SAVED_STATE_BYTES - HEADER_BYTES)]
     TooLong { bytes: usize },
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<codec::EncodeError> for SaveError {
-    fn from(error: codec::EncodeError) -> Self {
-        Self::Encode(error)
-    }
 }
 
 /// A whole copy.

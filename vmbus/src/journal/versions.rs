@@ -84,7 +84,7 @@ pub enum StateFault {
     TooOld { version: u32, oldest: u32 },
     /// Not what any server of ours writes.
     #[error("the predecessor's state makes no sense: {0}")]
-    Decode(DecodeError),
+    Decode(#[from] DecodeError),
     /// The guest was promised what this build cannot do.
     #[error(
         "the predecessor has promised the guest {what} of {promised}, and this build can do {limit}: use a newer build"
@@ -97,13 +97,6 @@ pub enum StateFault {
     /// The journal is another device's.
     #[error("the journal belongs to a device of type \"{found}\", and this server is for \"{own}\"")]
     OtherDevice { found: String, own: String },
-}
-
-// Not by thiserror: its sentence has the cause in it, which as a source, too, would be said twice.
-impl From<DecodeError> for StateFault {
-    fn from(error: DecodeError) -> Self {
-        Self::Decode(error)
-    }
 }
 
 /// Whether a server of `S` goes on from such a state.
